@@ -1,0 +1,1 @@
+//! Admin REST routes, types and metrics.

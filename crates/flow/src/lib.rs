@@ -1,0 +1,39 @@
+//! The one place that decides what happens to a packet.
+//!
+//! `no_std`, no dependencies, no `unsafe`, no panic path: the same code runs on the host, in the simulator and, later, in the kernel.
+//! Top-down: a forwarder parses a frame ([`packet`]), hands what it found to [`decide`], carries the returned [`Decision`] out on its
+//! flow table, and rewrites the frame ([`encap`]).
+//!
+//! Invariant: this crate never reads a clock, never allocates on the packet path and never looks at a configuration.
+#![no_std]
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::arithmetic_side_effects,
+        clippy::expect_used,
+        clippy::float_arithmetic,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::unwrap_used,
+        reason = "tests run on the host and may fail loudly"
+    )
+)]
+
+#[cfg(feature = "alloc")]
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod decide;
+pub mod entry;
+pub mod hash;
+pub mod key;
+pub mod member;
+pub mod row;
+
+pub use entry::{BackendId, BackendIndex, FlowEntry, FlowFlags, FlowState, Method};
+pub use hash::{FlowSeed, flow_hash};
+pub use key::FlowKey;
+pub use member::{MemberId, MemberSlot};
+pub use row::Row;

@@ -1,0 +1,1 @@
+//! A forwarder on AF_PACKET sockets: any Linux, no kernel feature beyond raw sockets.

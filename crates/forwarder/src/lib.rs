@@ -1,0 +1,1 @@
+//! The Forwarder trait, the plan it carries out, its counters and its conformance suite.

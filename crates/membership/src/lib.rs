@@ -1,0 +1,1 @@
+//! Who is in the cluster: SWIM over foca, sans-io.

@@ -1,0 +1,1 @@
+//! A small synchronous wrapper of rtnetlink: links, addresses, routes, neighbours, rules, tc.

@@ -1,0 +1,1 @@
+//! Phalanx: a clustered L4 load balancer that breaks no connection.

@@ -1,0 +1,2 @@
+//! The `phalanx` program.
+fn main() {}

@@ -1,0 +1,1 @@
+//! What moves between members: replication and transfer tables, sans-io.

@@ -1,0 +1,1 @@
+//! Clusters in network namespaces: real processes, real clients and servers.

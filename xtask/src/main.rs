@@ -1,0 +1,2 @@
+//! Checks, benchmarks and long runs that cargo cannot say.
+fn main() {}

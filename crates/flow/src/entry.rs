@@ -1,6 +1,9 @@
 //! What a member remembers of a flow.
 
+use core::cmp::Ordering;
 use core::net::IpAddr;
+
+use crate::key::FlowKey;
 
 /// How a packet reaches its backend (design §5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -178,30 +181,109 @@ impl FlowEntry {
     }
 }
 
-/// Whether `incoming` replaces `existing` when both are records of one flow, from wherever they came.
-///
-/// The order is total and the same on every member (design §4, "Versions"): made by a SYN before recovered; of one birth and backend the
-/// later update; live before closing; then the earlier birth, then the lower backend.
-/// `backend_order` is `existing` compared with `incoming` by [`BackendId`], because indexes are local.
-pub fn replaces(existing: &FlowEntry, incoming: &FlowEntry, backend_order: core::cmp::Ordering) -> bool {
-    use core::cmp::Ordering;
-    match (existing.flags.has(FlowFlags::RECOVERED), incoming.flags.has(FlowFlags::RECOVERED)) {
-        (false, true) => return false,
-        (true, false) => return true,
-        _ => {}
+/// One flow as members tell each other of it: the table's entry with the backend by name and ages instead of clock readings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The flow.
+    pub key: FlowKey,
+    /// Who has the connection.
+    pub backend: BackendId,
+    /// As [`FlowEntry::birth`].
+    pub birth: u64,
+    /// As [`FlowEntry::update`].
+    pub update: u32,
+    /// How far the flow has come.
+    pub state: FlowState,
+    /// Bits of [`FlowFlags`]; [`FlowFlags::PROTECTED`] is local and ignored from the wire.
+    pub flags: FlowFlags,
+    /// Milliseconds since a packet of the flow was last seen by whoever made this record.
+    pub idle_ms: u32,
+}
+
+impl Record {
+    /// What orders this record among those of its flow.
+    pub const fn version(&self) -> Version {
+        Version {
+            recovered: self.flags.has(FlowFlags::RECOVERED),
+            live: self.state.is_live(),
+            birth: self.birth,
+            update: self.update,
+        }
     }
-    if existing.birth == incoming.birth && backend_order == Ordering::Equal {
-        return incoming.update > existing.update;
+
+    /// Whether this record is replaced by `incoming`, a record of the same flow.
+    pub fn is_replaced_by(&self, incoming: &Self) -> bool {
+        self.version().is_replaced_by(incoming.version(), self.backend.cmp(&incoming.backend))
     }
-    match (existing.flow_state().is_live(), incoming.flow_state().is_live()) {
-        (true, false) => return false,
-        (false, true) => return true,
-        _ => {}
+}
+
+/// What orders two records of one flow (design §4, "Versions").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Version {
+    /// Not made by a SYN.
+    pub recovered: bool,
+    /// Half-open or established.
+    pub live: bool,
+    /// Hybrid logical clock; 0: not stamped yet.
+    pub birth: u64,
+    /// Changes since birth.
+    pub update: u32,
+}
+
+impl Version {
+    /// Whether `incoming` replaces this one, when both are of one flow, from wherever they came.
+    ///
+    /// The order is total and the same on every member: made by a SYN before recovered; of one birth and backend the later update;
+    /// live before closing; then the earlier birth, then the lower backend.
+    /// `backends` is this record's [`BackendId`] compared with the incoming one's, because indexes are local.
+    pub fn is_replaced_by(self, incoming: Self, backends: Ordering) -> bool {
+        match (self.recovered, incoming.recovered) {
+            (false, true) => return false,
+            (true, false) => return true,
+            _ => {}
+        }
+        if self.birth == incoming.birth && backends == Ordering::Equal {
+            return incoming.update > self.update;
+        }
+        match (self.live, incoming.live) {
+            (true, false) => return false,
+            (false, true) => return true,
+            _ => {}
+        }
+        // An unstamped record (0) is the newest of all: wrapping makes it the largest.
+        match incoming.birth.wrapping_sub(1).cmp(&self.birth.wrapping_sub(1)) {
+            Ordering::Less => true,
+            Ordering::Greater => false,
+            Ordering::Equal => backends == Ordering::Greater,
+        }
     }
-    // An unstamped record (0) is the newest of all: wrapping makes it the largest.
-    match incoming.birth.wrapping_sub(1).cmp(&existing.birth.wrapping_sub(1)) {
-        Ordering::Less => true,
-        Ordering::Greater => false,
-        Ordering::Equal => backend_order == Ordering::Greater,
-    }
+}
+
+/// What a forwarder tells the daemon of a flow, in batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowEvent {
+    /// What happened.
+    pub kind: FlowEventKind,
+    /// Replicate without waiting for the client's ACK: the backend deviates, the slot is about to change, or the entry replaced another.
+    pub at_once: bool,
+    /// The flow as it is after it happened.
+    pub record: Record,
+}
+
+/// What happened to a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum FlowEventKind {
+    /// The acting owner recorded a flow (half-open, or recovered); its birth is 0 until the daemon stamps it.
+    New = 0,
+    /// The state changed: established, closing, reset, or live again.
+    Changed = 1,
+    /// A holder that is not the owner forwarded the flow, and its last-seen time is a quarter of the idle timeout newer than last told.
+    Touched = 2,
+    /// A cache entry forwarded a FIN or RST, or a packet of a flow long not reported; the record is the cache's.
+    Cached = 3,
+    /// Nobody knew the flow and we are not its acting owner: the owner may record what we did.
+    Hint = 4,
+    /// The entry is idle beyond its timeout, its linger is over, or a half-open one was pushed out: it waits for the daemon's word.
+    Expired = 5,
 }

@@ -69,11 +69,7 @@ pub const fn address(octets: [u8; 16], family: u8) -> IpAddr {
 
 impl FlowKey {
     /// The key of a flow from `source` to `destination`; `None` if their families differ.
-    pub const fn new(
-        protocol: u8,
-        source: (IpAddr, u16),
-        destination: (IpAddr, u16),
-    ) -> Option<Self> {
+    pub const fn new(protocol: u8, source: (IpAddr, u16), destination: (IpAddr, u16)) -> Option<Self> {
         let (source_octets, family) = octets(source.0);
         let (destination_octets, destination_family) = octets(destination.0);
         if family != destination_family {

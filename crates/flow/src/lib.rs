@@ -32,7 +32,10 @@ pub mod key;
 pub mod member;
 pub mod row;
 
-pub use entry::{BackendId, BackendIndex, FlowEntry, FlowFlags, FlowState, Method};
+pub use entry::{
+    BackendId, BackendIndex, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowState, Method, Record,
+    Version,
+};
 pub use hash::{FlowSeed, flow_hash};
 pub use key::FlowKey;
 pub use member::{MemberId, MemberSlot};

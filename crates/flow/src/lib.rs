@@ -26,10 +26,12 @@ extern crate alloc;
 extern crate std;
 
 pub mod decide;
+pub mod encap;
 pub mod entry;
 pub mod hash;
 pub mod key;
 pub mod member;
+pub mod packet;
 pub mod row;
 
 pub use entry::{

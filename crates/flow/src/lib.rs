@@ -25,6 +25,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod checksum;
 pub mod decide;
 pub mod encap;
 pub mod entry;

@@ -1,0 +1,90 @@
+//! What the tests of this crate share.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use phalanx_flow::{BackendId, FlowFlags, FlowKey, FlowState, MemberId, Method, Record};
+
+use crate::ranking::Ranking;
+
+/// A weighted rendezvous ranking, simple and slow, over made-up scores.
+#[derive(Clone, Debug)]
+pub(crate) struct TestRanking {
+    rows: Vec<[Option<MemberId>; 2]>,
+}
+
+impl TestRanking {
+    pub(crate) fn new(members: &[u32], rows: u32) -> Self {
+        Self::weighted(&members.iter().map(|&id| (id, 1)).collect::<Vec<_>>(), rows)
+    }
+
+    /// Members with weights; weight 0 is not ranked.
+    pub(crate) fn weighted(members: &[(u32, u32)], rows: u32) -> Self {
+        let row = |row: u32| {
+            let mut ranked: Vec<_> = members
+                .iter()
+                .filter(|(_, weight)| *weight > 0)
+                .map(|&(id, weight)| {
+                    let score = mix(u64::from(row) << 32 | u64::from(id));
+                    let cost = -((score as f64 + 1.0) / 2f64.powi(64)).ln() / f64::from(weight);
+                    (cost, MemberId(id))
+                })
+                .collect();
+            ranked.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+            [ranked.first().map(|r| r.1), ranked.get(1).map(|r| r.1)]
+        };
+        Self { rows: (0..rows).map(row).collect() }
+    }
+
+    /// A table written by hand: owner and backup of each row, 0 for nobody.
+    pub(crate) fn by_hand(rows: &[[u32; 2]]) -> Self {
+        let id = |id: u32| (id != 0).then_some(MemberId(id));
+        Self { rows: rows.iter().map(|&[owner, backup]| [id(owner), id(backup)]).collect() }
+    }
+}
+
+impl Ranking for TestRanking {
+    fn row_of(&self, key: &FlowKey) -> u32 {
+        let port = u32::from(u16::from_be_bytes(key.source_port));
+        (mix(u64::from(port)) % self.rows.len() as u64) as u32
+    }
+
+    fn holders(&self, row: u32) -> [Option<MemberId>; 2] {
+        self.rows.get(row as usize).copied().unwrap_or_default()
+    }
+
+    fn row_count(&self) -> u32 {
+        self.rows.len() as u32
+    }
+}
+
+/// SplitMix64's finisher.
+pub(crate) fn mix(value: u64) -> u64 {
+    let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The key of flow number `n`.
+pub(crate) fn key(n: u16) -> FlowKey {
+    let ip = |last| IpAddr::V4(Ipv4Addr::new(192, 0, 2, last));
+    FlowKey::new(6, (ip(1), n), (ip(200), 443)).expect("both are IPv4")
+}
+
+/// The name of backend number `n`.
+pub(crate) fn backend(n: u8) -> BackendId {
+    BackendId::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, n)), Method::Gue, 6080)
+}
+
+/// An established record of flow `n` with a backend.
+pub(crate) fn record(n: u16, to: u8) -> Record {
+    Record {
+        key: key(n),
+        backend: backend(to),
+        birth: 1_000,
+        update: 1,
+        state: FlowState::Established,
+        flags: FlowFlags(0),
+        idle_ms: 0,
+    }
+}

@@ -32,6 +32,8 @@ pub mod entry;
 pub mod hash;
 pub mod key;
 pub mod member;
+#[cfg(feature = "alloc")]
+pub mod offload;
 pub mod packet;
 pub mod row;
 

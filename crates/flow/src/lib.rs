@@ -26,6 +26,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod checksum;
+pub mod crc8;
 pub mod decide;
 pub mod encap;
 pub mod entry;
@@ -35,13 +36,29 @@ pub mod member;
 #[cfg(feature = "alloc")]
 pub mod offload;
 pub mod packet;
+#[cfg(feature = "alloc")]
+mod ranking;
 pub mod row;
+#[cfg(feature = "alloc")]
+pub mod score;
+#[cfg(feature = "alloc")]
+pub mod siphash;
+#[cfg(feature = "alloc")]
+pub mod slots;
+#[cfg(feature = "alloc")]
+pub mod table;
 
 pub use entry::{
     BackendId, BackendIndex, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowState, Method, Record,
     Version,
 };
-pub use hash::{FlowSeed, flow_hash};
+pub use hash::{FlowSeed, RowFunction, flow_hash};
 pub use key::FlowKey;
 pub use member::{MemberId, MemberSlot};
 pub use row::Row;
+#[cfg(feature = "alloc")]
+pub use score::{Best, Score, Scoring};
+#[cfg(feature = "alloc")]
+pub use slots::{BackendTable, RankedBackend};
+#[cfg(feature = "alloc")]
+pub use table::{BackupSite, RankedMember, RankingError, RowTable};

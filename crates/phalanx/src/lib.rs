@@ -1,1 +1,7 @@
 //! Phalanx: a clustered L4 load balancer that breaks no connection.
+
+pub mod check;
+pub mod cli;
+pub mod config;
+pub mod keys;
+pub mod logging;

@@ -1,2 +1,7 @@
 //! The `phalanx` program.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    phalanx::cli::main()
+}

@@ -1,0 +1,152 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{Config, ConfigError};
+use crate::{check, keys, logging};
+
+/// Exit status for a configuration or a machine that must be put right first.
+pub const EXIT_USAGE: u8 = 2;
+
+/// A clustered L4 load balancer that breaks no connection.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a member of the cluster until SIGTERM; SIGHUP reloads services, backends and the member's weight.
+    Run {
+        /// The configuration file.
+        #[arg(long, value_name = "FILE", default_value = "/etc/phalanx/phalanx.toml")]
+        config: PathBuf,
+    },
+    /// Check a configuration file: say every error with its line, then the warnings.
+    Check {
+        /// The configuration file.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Write a new key file with one new key, and print a new hash seed.
+    Keygen {
+        /// The key file; must not exist yet.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Show the members as the local daemon sees them.
+    Members(Query),
+    /// Show the services and their backends as the local daemon sees them.
+    Services(Query),
+    /// Explain what happens to a flow: row, ranking, owner, backup, backend, and who holds its state.
+    Explain {
+        /// The client's address and port.
+        #[arg(value_name = "SRC")]
+        source: SocketAddr,
+        /// The service's address and port.
+        #[arg(value_name = "DST")]
+        destination: SocketAddr,
+        /// tcp or udp.
+        #[arg(long, default_value = "tcp", value_parser = ["tcp", "udp"])]
+        protocol: String,
+        /// Whom to ask, and how to print.
+        #[command(flatten)]
+        query: Query,
+    },
+}
+
+/// A question to the local daemon.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Query {
+    /// Where the daemon's admin API listens.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7980", env = "PHALANX_ADMIN")]
+    pub admin: SocketAddr,
+    /// Print the API's JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Reads the command line and does what it says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command {
+        Command::Run { config } => run(&config),
+        Command::Check { file } => check::check(&file),
+        Command::Keygen { file } => keygen(&file),
+        Command::Members(_) | Command::Services(_) | Command::Explain { .. } => {
+            fail("this build cannot ask a daemon yet")
+        }
+    }
+}
+
+/// Starts the daemon. A configuration with mistakes, or a machine that does not allow raw sockets, ends it at once with status 2.
+fn run(file: &Path) -> ExitCode {
+    let config = match Config::load(file) {
+        Ok(config) => config,
+        Err(errors) => return refuse(&errors),
+    };
+    if let Err(sentence) = check::raw_socket_permission() {
+        eprintln!("{}: forwarder.kind: {sentence}", file.display());
+        return ExitCode::from(EXIT_USAGE);
+    }
+    logging::start(&config.log);
+    fail("this build has no daemon yet")
+}
+
+fn keygen(file: &Path) -> ExitCode {
+    match keys::generate(file).and_then(|()| Ok(keys::hash_seed()?)) {
+        Ok(seed) => {
+            println!("wrote {}: copy it to every member, readable by its owner only", file.display());
+            println!("hash_seed = \"{seed}\"");
+            ExitCode::SUCCESS
+        }
+        Err(keys::KeyFileError::Io(error)) => {
+            let file = file.display();
+            eprintln!("{file}: the key file cannot be written ({error}): choose another path");
+            ExitCode::from(EXIT_USAGE)
+        }
+        Err(error) => fail(&error.to_string()),
+    }
+}
+
+/// Prints every mistake on a line of its own.
+pub(crate) fn refuse(errors: &[ConfigError]) -> ExitCode {
+    for error in errors {
+        eprintln!("{error}");
+    }
+    ExitCode::from(EXIT_USAGE)
+}
+
+fn fail(message: &str) -> ExitCode {
+    eprintln!("phalanx: {message}");
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn explain_wants_addresses_with_ports() {
+        let parse = |words: &[&str]| Cli::try_parse_from(["phalanx", "explain"].iter().chain(words));
+        assert!(parse(&["198.51.100.7:1234", "192.0.2.1:80"]).is_ok());
+        assert!(parse(&["[2001:db8::7]:1234", "[2001:db8::1]:80", "--protocol", "udp", "--json"]).is_ok());
+        assert!(parse(&["198.51.100.7", "192.0.2.1:80"]).is_err());
+        assert!(parse(&["198.51.100.7:1", "192.0.2.1:80", "--protocol", "sctp"]).is_err());
+    }
+}

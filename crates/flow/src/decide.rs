@@ -1,1 +1,611 @@
-//! stub
+//! What happens to a packet: one pure function for every forwarder, the simulator and `phalanx explain` (design §4).
+//!
+//! In: the packet, how it came ([`Arrival`]), and the tables ([`Tables`]).
+//! Out: a [`Decision`]: a verdict, and what to record. The caller carries it out; nothing is written here.
+//!
+//! ```text
+//!  not a service's address ─► Pass            to it, but no service ─► EchoReply, Drop
+//!  fragment ─► its fragment owner, who knows the ports
+//!  SYN ──────► live entry: Forward        acting owner: record, Forward        else HandOff to the acting owner
+//!  else ─────► entry: Forward    cache: Forward    acting owner: ask once, then Forward and record    else HandOff
+//! ```
+
+use crate::entry::{BackendIndex, FlowEntry, FlowEventKind, FlowFlags, FlowState};
+use crate::hash::{FlowSeed, flow_hash};
+use crate::key::{FlowKey, UDP};
+use crate::member::{Liveness, MemberId, MemberSlot};
+use crate::packet::{Fragment, Packet, PacketKind, tcp_flags};
+use crate::row::Row;
+
+/// A packet handed off this many times is dealt with where it is, so that no views, however different, make a loop (design §4).
+pub const MAX_HOPS: u8 = 2;
+
+/// How a packet came to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    /// Hand-offs behind it; 0: from the wire.
+    pub hops: u8,
+    /// Whom the sender passed over because it suspects them.
+    pub bypassed: Option<MemberId>,
+    /// Source and destination port of a fragment, as a member that saw the first one tells us.
+    pub ports: Option<[[u8; 2]; 2]>,
+}
+
+impl Arrival {
+    /// From a client, by way of a router.
+    pub const WIRE: Self = Self { hops: 0, bypassed: None, ports: None };
+}
+
+/// What the decision reads of the local member.
+#[derive(Clone, Copy, Debug)]
+pub struct Local {
+    /// Our place in the plan.
+    pub slot: MemberSlot,
+    /// Whether we may own: without a lease we forward what we know, record nothing and hand off the rest.
+    pub leased: bool,
+    /// The flow hash's seed.
+    pub seed: FlowSeed,
+    /// The forwarder's monotonic clock, in milliseconds.
+    pub now_ms: u64,
+}
+
+/// What a packet's destination is to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServiceMatch {
+    /// Not ours: the kernel's.
+    Foreign,
+    /// The address of a service, but no service of ours.
+    AddressOnly,
+    /// A service.
+    Service(Service),
+}
+
+/// What the decision reads of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Its place in the plan.
+    pub index: u32,
+    /// A flow not seen by any holder for this long is idle.
+    pub idle_ms: u32,
+    /// Replicate a flow on its first packet (`replicate = "syn"`, the founding document's way).
+    pub replicate_syn: bool,
+}
+
+/// What the consistent table says of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// The best backend; [`BackendIndex::NONE`] if the service has none.
+    pub backend: BackendIndex,
+    /// The slot changes now or changed within the last 10 s: flows in it are replicated at once.
+    pub unsettled: bool,
+}
+
+/// The tables a decision reads, one snapshot of them for the whole of a packet.
+pub trait Tables {
+    /// The local member.
+    fn local(&self) -> Local;
+    /// What `destination`, port and protocol of the key are to us.
+    fn service(&self, key: &FlowKey) -> ServiceMatch;
+    /// The row of a flow.
+    fn row_of(&self, key: &FlowKey, hash: u64) -> u32;
+    /// A row of the current table.
+    fn row(&self, row: u32) -> Row;
+    /// The row in the previous table, while a handover window is open.
+    fn previous_row(&self, row: u32) -> Option<Row>;
+    /// What we believe of a member.
+    fn liveness(&self, slot: MemberSlot) -> Liveness;
+    /// A member's place in the plan, [`MemberSlot::NONE`] for a stranger.
+    fn slot_of(&self, id: MemberId) -> MemberSlot;
+    /// The flow table, half-open flows included.
+    fn flow(&self, key: &FlowKey) -> Option<FlowEntry>;
+    /// The cache.
+    fn cached(&self, key: &FlowKey) -> Option<FlowEntry>;
+    /// The consistent table of a service.
+    fn consistent(&self, service: u32, slot: u16) -> Choice;
+    /// The ports of a fragmented packet, by [`Packet::fragment_key`].
+    fn fragment_ports(&self, key: &FlowKey) -> Option<[[u8; 2]; 2]>;
+}
+
+/// Where a packet goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Leave it to the kernel.
+    Pass,
+    /// Drop it, and count why.
+    Drop(DropReason),
+    /// Answer the ping in place.
+    EchoReply,
+    /// To a backend.
+    Forward(BackendIndex),
+    /// To the member that should process it.
+    HandOff(HandOff),
+    /// A later fragment before its first one: keep it a little while, or drop it.
+    Hold,
+}
+
+/// A hand-off to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HandOff {
+    /// To whom.
+    pub to: MemberSlot,
+    /// Hops to write into it.
+    pub hops: u8,
+    /// Whom we passed over.
+    pub bypassed: MemberSlot,
+    /// The ports of a fragment, if known.
+    pub ports: Option<[[u8; 2]; 2]>,
+}
+
+/// Why the decision itself drops a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum DropReason {
+    /// To a service's address, but no service there.
+    NoService = 0,
+    /// The service has no backend.
+    NoBackend = 1,
+    /// A protocol we do not balance, to a service's address.
+    Protocol = 2,
+}
+
+/// What to do with the flow table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing.
+    Keep,
+    /// Put a new entry there, whatever was there.
+    Insert,
+    /// Overwrite the entry that was read.
+    Update,
+    /// Overwrite the cache's entry that was read.
+    UpdateCache,
+}
+
+/// How the decision came about, for the counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Outcome {
+    /// Not ours.
+    Passed = 0,
+    /// Dropped by [`DropReason`].
+    Dropped = 1,
+    /// A ping answered.
+    Echo = 2,
+    /// A new flow recorded and forwarded.
+    New = 3,
+    /// Forwarded by the flow table.
+    Hit = 4,
+    /// Forwarded by the cache.
+    CacheHit = 5,
+    /// Forwarded by the consistent table because nobody knew the flow.
+    Recovered = 6,
+    /// Handed off to the acting owner.
+    HandedOff = 7,
+    /// Handed off to ask another holder.
+    Asked = 8,
+    /// A fragment handed to the member that gathers the packet's fragments.
+    FragmentHandedOff = 9,
+    /// A later fragment held.
+    Held = 10,
+    /// An ICMP error steered to its flow's backend.
+    IcmpSteered = 11,
+}
+
+/// Number of [`Outcome`]s.
+pub const OUTCOMES: usize = 12;
+
+/// The whole of what [`decide`] says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Where the packet goes.
+    pub verdict: Verdict,
+    /// How that came about.
+    pub outcome: Outcome,
+    /// The key under which everything below is recorded (a fragment's with its ports).
+    pub key: FlowKey,
+    /// The flow's hash: queue spreading and outer ports come from it too.
+    pub hash: u64,
+    /// The flow's service, for its timeouts.
+    pub service: u32,
+    /// What to do with the flow table.
+    pub action: Action,
+    /// The entry to write if `action` says so.
+    pub entry: FlowEntry,
+    /// What to tell the daemon.
+    pub event: Option<FlowEventKind>,
+    /// The event's [`FlowEvent::at_once`](crate::entry::FlowEvent::at_once).
+    pub at_once: bool,
+    /// Erase the cache's entry for the key.
+    pub erase_cache: bool,
+    /// Remember the ports of a fragmented packet under its fragment key.
+    pub learn_fragment: bool,
+}
+
+const NO_ENTRY: FlowEntry = FlowEntry {
+    birth: 0,
+    last_seen_ms: 0,
+    last_reported_ms: 0,
+    update: 0,
+    backend: BackendIndex::NONE,
+    state: FlowState::HalfOpen as u8,
+    flags: FlowFlags(0),
+    reserved: [0; 6],
+};
+
+impl Decision {
+    #[inline(always)]
+    const fn plain(key: FlowKey, verdict: Verdict, outcome: Outcome) -> Self {
+        Self {
+            verdict,
+            outcome,
+            key,
+            hash: 0,
+            service: u32::MAX,
+            action: Action::Keep,
+            entry: NO_ENTRY,
+            event: None,
+            at_once: false,
+            erase_cache: false,
+            learn_fragment: false,
+        }
+    }
+}
+
+/// Who is whom for one packet.
+#[derive(Clone, Copy)]
+struct Roles {
+    local: Local,
+    row_number: u32,
+    row: Row,
+    bypassed: MemberSlot,
+}
+
+impl Roles {
+    #[inline(always)]
+    fn new<T: Tables>(tables: &T, local: Local, key: &FlowKey, hash: u64, arrival: &Arrival) -> Self {
+        let row_number = tables.row_of(key, hash);
+        let bypassed = match arrival.bypassed {
+            Some(id) => tables.slot_of(id),
+            None => MemberSlot::NONE,
+        };
+        Self { local, row_number, row: tables.row(row_number), bypassed }
+    }
+
+    /// Whether traffic may go to `slot`: alive, not passed over on the way here, and if it is us, leased.
+    #[inline(always)]
+    fn usable<T: Tables>(&self, tables: &T, slot: MemberSlot) -> bool {
+        slot.is_some()
+            && slot != self.bypassed
+            && if slot == self.local.slot {
+                self.local.leased
+            } else {
+                matches!(tables.liveness(slot), Liveness::Alive)
+            }
+    }
+
+    /// The owner, or the backup while the owner is suspected; the owner again if both are.
+    #[inline(always)]
+    fn acting_owner<T: Tables>(&self, tables: &T) -> MemberSlot {
+        let [owner, backup, third] = self.row.ranks;
+        if self.usable(tables, owner) {
+            owner
+        } else if self.usable(tables, backup) {
+            backup
+        } else if owner == self.local.slot && self.usable(tables, third) {
+            // We have no lease and our backup is suspected: still the next member of the row, never ourselves.
+            third
+        } else {
+            owner
+        }
+    }
+
+    /// Somebody else who may hold a flow that we, its acting owner, do not know (design §4, step 5).
+    #[inline(always)]
+    fn other_holder<T: Tables>(&self, tables: &T) -> MemberSlot {
+        let other = |slot: MemberSlot| slot != self.local.slot && self.usable(tables, slot);
+        if let Some(previous) = tables.previous_row(self.row_number) {
+            if other(previous.owner()) {
+                return previous.owner();
+            }
+            // A previous owner that lives and is us knows as little as we do: then its backup is as good as nobody.
+            if previous.owner() != self.local.slot && other(previous.backup()) {
+                return previous.backup();
+            }
+        }
+        let holder = if self.row.owner() == self.local.slot { self.row.backup() } else { self.row.owner() };
+        if other(holder) { holder } else { MemberSlot::NONE }
+    }
+
+    #[inline(always)]
+    fn hand_off<T: Tables>(&self, tables: &T, to: MemberSlot, arrival: &Arrival) -> Verdict {
+        let owner = self.row.owner();
+        let bypassed = if self.bypassed.is_some() {
+            self.bypassed
+        } else if to != owner && owner.is_some() && !self.usable(tables, owner) {
+            owner
+        } else {
+            MemberSlot::NONE
+        };
+        Verdict::HandOff(HandOff { to, hops: arrival.hops.wrapping_add(1), bypassed, ports: arrival.ports })
+    }
+}
+
+/// Decides what happens to one packet. See the module's doc; the steps are those of design §4.
+#[inline(always)]
+pub fn decide<T: Tables>(packet: &Packet, arrival: &Arrival, tables: &T) -> Decision {
+    // Step 1: is it ours?
+    let mut key = packet.key;
+    let fragment = !matches!(packet.fragment, Fragment::None);
+    let mut arrival = *arrival;
+    let mut learn_fragment = false;
+    let local = tables.local();
+
+    if fragment && !matches!(packet.kind, PacketKind::IcmpError) {
+        if matches!(tables.service(&key), ServiceMatch::Foreign) {
+            return Decision::plain(key, Verdict::Pass, Outcome::Passed);
+        }
+        match fragment_ports(packet, &mut arrival, tables, local) {
+            FragmentStep::Known { ports, learn } => {
+                key.source_port = ports[0];
+                key.destination_port = ports[1];
+                arrival.ports = Some(ports);
+                learn_fragment = learn;
+            }
+            FragmentStep::Elsewhere(decision) => return decision,
+        }
+    }
+
+    let service = match tables.service(&key) {
+        ServiceMatch::Foreign => return Decision::plain(key, Verdict::Pass, Outcome::Passed),
+        ServiceMatch::AddressOnly => {
+            return match packet.kind {
+                PacketKind::EchoRequest => Decision::plain(key, Verdict::EchoReply, Outcome::Echo),
+                PacketKind::Other => {
+                    Decision::plain(key, Verdict::Drop(DropReason::Protocol), Outcome::Dropped)
+                }
+                _ => Decision::plain(key, Verdict::Drop(DropReason::NoService), Outcome::Dropped),
+            };
+        }
+        ServiceMatch::Service(service) => service,
+    };
+
+    let hash = flow_hash(local.seed, &key);
+    let roles = Roles::new(tables, local, &key, hash, &arrival);
+    let mut decision = Decision::plain(key, Verdict::Drop(DropReason::NoBackend), Outcome::Dropped);
+    decision.hash = hash;
+    decision.service = service.index;
+    decision.learn_fragment = learn_fragment;
+
+    match packet.kind {
+        PacketKind::TcpSyn => syn(&mut decision, &roles, &arrival, tables, &service),
+        PacketKind::IcmpError => icmp_error(&mut decision, &roles, &arrival, tables, &service),
+        _ => other(&mut decision, packet, &roles, &arrival, tables, &service),
+    }
+    decision
+}
+
+enum FragmentStep {
+    Known { ports: [[u8; 2]; 2], learn: bool },
+    Elsewhere(Decision),
+}
+
+/// All fragments of a packet meet at the owner of row hash(src, dst, protocol, id), who learns the ports from the first one.
+#[inline(always)]
+fn fragment_ports<T: Tables>(
+    packet: &Packet,
+    arrival: &mut Arrival,
+    tables: &T,
+    local: Local,
+) -> FragmentStep {
+    if let Some(ports) = arrival.ports {
+        return FragmentStep::Known { ports, learn: false };
+    }
+    let fragment_key = packet.fragment_key();
+    let hash = flow_hash(local.seed, &fragment_key);
+    let roles = Roles::new(tables, local, &fragment_key, hash, arrival);
+    let gatherer = roles.acting_owner(tables);
+    if gatherer != local.slot && gatherer.is_some() && arrival.hops == 0 {
+        let verdict = roles.hand_off(tables, gatherer, arrival);
+        return FragmentStep::Elsewhere(Decision::plain(packet.key, verdict, Outcome::FragmentHandedOff));
+    }
+    // The gatherer was chosen by another row: whoever it bypassed says nothing of the flow's row.
+    arrival.bypassed = None;
+    if matches!(packet.fragment, Fragment::First) {
+        return FragmentStep::Known { ports: [packet.key.source_port, packet.key.destination_port], learn: true };
+    }
+    match tables.fragment_ports(&fragment_key) {
+        Some(ports) => FragmentStep::Known { ports, learn: false },
+        None => FragmentStep::Elsewhere(Decision::plain(packet.key, Verdict::Hold, Outcome::Held)),
+    }
+}
+
+/// Step 2.
+#[inline(always)]
+fn syn<T: Tables>(
+    decision: &mut Decision,
+    roles: &Roles,
+    arrival: &Arrival,
+    tables: &T,
+    service: &Service,
+) {
+    decision.erase_cache = true;
+    let known = tables.flow(&decision.key);
+    if let Some(entry) = known
+        && entry.flow_state().is_live()
+    {
+        seen(decision, entry, Outcome::Hit, roles, service);
+        return;
+    }
+    let acting = roles.acting_owner(tables);
+    if acting != roles.local.slot && acting.is_some() && arrival.hops < MAX_HOPS {
+        decision.verdict = roles.hand_off(tables, acting, arrival);
+        decision.outcome = Outcome::HandedOff;
+        return;
+    }
+    let owns = acting == roles.local.slot && roles.local.leased;
+    pick(decision, roles, tables, service, owns, Outcome::New);
+    decision.at_once |= known.is_some() || service.replicate_syn;
+}
+
+/// Steps 3 to 6, for everything that is neither a SYN nor an ICMP error.
+#[inline(always)]
+fn other<T: Tables>(
+    decision: &mut Decision,
+    packet: &Packet,
+    roles: &Roles,
+    arrival: &Arrival,
+    tables: &T,
+    service: &Service,
+) {
+    if let Some(entry) = tables.flow(&decision.key) {
+        let entry = advance(entry, packet);
+        seen(decision, entry.0, Outcome::Hit, roles, service);
+        if entry.1 {
+            decision.event = Some(FlowEventKind::Changed);
+            decision.entry.update = decision.entry.update.wrapping_add(1);
+            decision.entry.last_reported_ms = roles.local.now_ms;
+            decision.entry.flags = decision.entry.flags.with(FlowFlags::PROTECTED, false);
+        }
+        return;
+    }
+    if let Some(entry) = tables.cached(&decision.key) {
+        let (entry, changed) = advance(entry, packet);
+        seen(decision, entry, Outcome::CacheHit, roles, service);
+        decision.action = Action::UpdateCache;
+        if changed || decision.event.is_some() {
+            decision.entry.last_reported_ms = roles.local.now_ms;
+            decision.event = Some(FlowEventKind::Cached);
+        }
+        return;
+    }
+    let acting = roles.acting_owner(tables);
+    let hops_left = arrival.hops < MAX_HOPS;
+    let ours = acting == roles.local.slot;
+    if hops_left && !ours && acting.is_some() {
+        decision.verdict = roles.hand_off(tables, acting, arrival);
+        decision.outcome = Outcome::HandedOff;
+        return;
+    }
+    let diverted = roles.row.owner() != roles.local.slot || roles.bypassed.is_some();
+    let datagram = decision.key.protocol == UDP;
+    if ours && datagram && !diverted && tables.previous_row(roles.row_number).is_none() {
+        // Nothing moves: a datagram nobody here knows is the first of its flow.
+        pick(decision, roles, tables, service, roles.local.leased, Outcome::New);
+        decision.at_once |= service.replicate_syn;
+        return;
+    }
+    let asked = if hops_left { roles.other_holder(tables) } else { MemberSlot::NONE };
+    if asked.is_some() {
+        decision.verdict = roles.hand_off(tables, asked, arrival);
+        decision.outcome = Outcome::Asked;
+        return;
+    }
+    let owns = ours && roles.local.leased;
+    pick(decision, roles, tables, service, owns, Outcome::Recovered);
+    if owns {
+        decision.entry.flags = decision.entry.flags.with(FlowFlags::RECOVERED, true);
+    } else if !matches!(decision.verdict, Verdict::Drop(_)) && roles.local.leased {
+        // Its acting owner may record it; we may not.
+        decision.entry.flags = decision.entry.flags.with(FlowFlags::RECOVERED, true);
+        decision.event = Some(FlowEventKind::Hint);
+    }
+}
+
+/// ICMP errors go to their flow's backend; they never create, refresh or end a flow.
+#[inline(always)]
+fn icmp_error<T: Tables>(
+    decision: &mut Decision,
+    roles: &Roles,
+    arrival: &Arrival,
+    tables: &T,
+    service: &Service,
+) {
+    let known = match tables.flow(&decision.key) {
+        Some(entry) => Some(entry),
+        None => tables.cached(&decision.key),
+    };
+    if let Some(entry) = known {
+        decision.verdict = Verdict::Forward(entry.backend);
+        decision.outcome = Outcome::IcmpSteered;
+        return;
+    }
+    if arrival.hops < MAX_HOPS {
+        let acting = roles.acting_owner(tables);
+        let to = if acting == roles.local.slot { roles.other_holder(tables) } else { acting };
+        if to.is_some() {
+            decision.verdict = roles.hand_off(tables, to, arrival);
+            decision.outcome = if acting == roles.local.slot { Outcome::Asked } else { Outcome::HandedOff };
+            return;
+        }
+    }
+    pick(decision, roles, tables, service, false, Outcome::IcmpSteered);
+}
+
+/// Forwards by the consistent table, and records the pick if it is ours to record.
+#[inline(always)]
+fn pick<T: Tables>(
+    decision: &mut Decision,
+    roles: &Roles,
+    tables: &T,
+    service: &Service,
+    record: bool,
+    outcome: Outcome,
+) {
+    #[expect(clippy::cast_possible_truncation, reason = "the slot is the low 16 bits of the hash")]
+    let choice = tables.consistent(service.index, decision.hash as u16);
+    if choice.backend == BackendIndex::NONE {
+        decision.verdict = Verdict::Drop(DropReason::NoBackend);
+        decision.outcome = Outcome::Dropped;
+        return;
+    }
+    decision.verdict = Verdict::Forward(choice.backend);
+    decision.outcome = outcome;
+    decision.entry = FlowEntry {
+        last_seen_ms: roles.local.now_ms,
+        last_reported_ms: roles.local.now_ms,
+        backend: choice.backend,
+        ..NO_ENTRY
+    };
+    if record {
+        decision.action = Action::Insert;
+        decision.event = Some(FlowEventKind::New);
+        decision.at_once = choice.unsettled;
+    }
+}
+
+/// Forwards by a known entry, and reports to the owner that the flow lives if it has not heard of it for a quarter of the idle timeout.
+#[inline(always)]
+fn seen(decision: &mut Decision, mut entry: FlowEntry, outcome: Outcome, roles: &Roles, service: &Service) {
+    let now_ms = roles.local.now_ms;
+    entry.last_seen_ms = now_ms;
+    let unreported_ms = now_ms.wrapping_sub(entry.last_reported_ms);
+    if roles.row.owner() != roles.local.slot && unreported_ms > u64::from(service.idle_ms >> 2) {
+        entry.last_reported_ms = now_ms;
+        decision.event = Some(FlowEventKind::Touched);
+    }
+    decision.verdict = Verdict::Forward(entry.backend);
+    decision.outcome = outcome;
+    decision.action = Action::Update;
+    decision.entry = entry;
+}
+
+/// The state after `packet`, and whether it differs from the one before (see [`FlowState`]).
+#[inline(always)]
+fn advance(mut entry: FlowEntry, packet: &Packet) -> (FlowEntry, bool) {
+    let before = entry.flow_state();
+    let after = match packet.kind {
+        PacketKind::Tcp { flags } if flags & tcp_flags::RST != 0 => FlowState::Reset,
+        PacketKind::Tcp { flags } if flags & tcp_flags::FIN != 0 => FlowState::Closing,
+        // Half-closed downloads go on with pure acknowledgements; only data says that the client is not done.
+        PacketKind::Tcp { .. } if packet.payload_len > 0 => FlowState::Established,
+        PacketKind::Tcp { .. } | PacketKind::Datagram if matches!(before, FlowState::HalfOpen) => {
+            FlowState::Established
+        }
+        _ => before,
+    };
+    entry.state = after as u8;
+    (entry, !matches!((before, after), (FlowState::HalfOpen, FlowState::HalfOpen)
+        | (FlowState::Established, FlowState::Established)
+        | (FlowState::Closing, FlowState::Closing)
+        | (FlowState::Reset, FlowState::Reset)))
+}

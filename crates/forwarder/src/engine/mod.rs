@@ -1,0 +1,692 @@
+//! What every forwarder on the host shares: tables, plan lookup, events, and the ruling on one packet.
+//!
+//! [`Engine::rule`] parses nothing and sends nothing: it asks [`decide`], carries the decision out on the flow table, and says where the
+//! packet goes; the caller rewrites and sends it.
+
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use phalanx_flow::decide::{
+    Action, Choice, Decision, HandOff, Local, Outcome, Service, ServiceMatch, Tables, decide,
+};
+use phalanx_flow::member::Liveness;
+use phalanx_flow::packet::Packet;
+use phalanx_flow::{
+    Arrival, BackendId, BackendIndex, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState,
+    MemberId, MemberSlot, Record, Row, Verdict, Version, flow_hash,
+};
+
+use crate::counters::SharedCounters;
+use crate::plan::{NextHop, NextHops, Plan, PlanBackend, PlanMember, PlanService};
+use crate::{Counters, Drop, InstallError, RowSet, Upserted};
+pub use table::TableLimits;
+use table::{FlowTable, Put};
+
+/// Events that wait for the daemon at the most; what comes then is counted and found by the daemon's scan.
+const MAX_EVENTS: usize = 1 << 18;
+
+/// Fragmented packets whose ports are known at the most, and for how long they are kept (RFC 791 reassembly is slower; senders are not).
+const MAX_FRAGMENTED: usize = 4096;
+const FRAGMENT_LIFE_MS: u64 = 2_000;
+
+/// How often each share of the table is searched for expired entries, and how long the daemon has for its word on one.
+const SCAN_EVERY_MS: u64 = 1_000;
+
+/// A plan with what a host needs to look things up in it.
+#[derive(Debug)]
+pub struct CompiledPlan {
+    /// The plan.
+    pub plan: Plan,
+    services: HashMap<([u8; 16], [u8; 2], u8), u32>,
+    addresses: HashMap<[u8; 16], ()>,
+    slots: HashMap<MemberId, MemberSlot>,
+    backends: HashMap<BackendId, BackendIndex>,
+}
+
+impl CompiledPlan {
+    /// Checks a plan and indexes it.
+    pub fn new(plan: Plan) -> Result<Self, InstallError> {
+        let wrong = |what: &str| Err(InstallError::Inconsistent(what.to_owned()));
+        if usize::from(plan.local.0) >= plan.members.len() {
+            return wrong("the local member is not in it");
+        }
+        if plan.rows.len() != plan.row_function.row_count() {
+            return wrong("the current table has another number of rows than the row function gives");
+        }
+        if plan.previous.as_ref().is_some_and(|previous| previous.len() != plan.rows.len()) {
+            return wrong("the previous table has another number of rows than the current one");
+        }
+        if plan.services.iter().any(|service| service.slots.len() != crate::plan::SLOTS) {
+            return wrong("a service has not one backend a slot");
+        }
+        let mut services = HashMap::new();
+        let mut addresses = HashMap::new();
+        for (index, service) in plan.services.iter().enumerate() {
+            let (address, _) = phalanx_flow::key::octets(service.address);
+            services.insert((address, service.port.to_be_bytes(), service.protocol), index as u32);
+            addresses.insert(address, ());
+        }
+        let slots = (0_u16..).zip(&plan.members).map(|(slot, member)| (member.id, MemberSlot(slot))).collect();
+        let backends =
+            (0_u32..).zip(&plan.backends).map(|(index, backend)| (backend.id, BackendIndex(index))).collect();
+        Ok(Self { plan, services, addresses, slots, backends })
+    }
+
+    /// Whether packets to this address are ours.
+    pub fn is_service_address(&self, address: &[u8; 16]) -> bool {
+        self.addresses.contains_key(address)
+    }
+
+    /// A backend's position.
+    pub fn backend_index(&self, id: &BackendId) -> Option<BackendIndex> {
+        self.backends.get(id).copied()
+    }
+
+    /// A backend by its position.
+    pub fn backend(&self, index: BackendIndex) -> Option<&PlanBackend> {
+        self.plan.backends.get(index.0 as usize)
+    }
+
+    /// A service by its position.
+    pub fn service(&self, index: u32) -> Option<&PlanService> {
+        self.plan.services.get(index as usize)
+    }
+
+    /// A member by its slot.
+    pub fn member(&self, slot: MemberSlot) -> Option<&PlanMember> {
+        self.plan.members.get(usize::from(slot.0))
+    }
+
+    /// The service of a flow.
+    pub fn service_of(&self, key: &FlowKey) -> Option<&PlanService> {
+        let index = self.services.get(&(key.destination, key.destination_port, key.protocol))?;
+        self.service(*index)
+    }
+
+    fn row_of(&self, key: &FlowKey, hash: u64) -> u32 {
+        self.plan.row_function.row_of(key, hash)
+    }
+}
+
+/// One packet's ruling: the decision, carried out on the flow table, and the plan it was made under.
+#[derive(Clone, Debug)]
+pub struct Ruling {
+    /// What was decided.
+    pub decision: Decision,
+    /// The plan it was decided under.
+    pub plan: Arc<CompiledPlan>,
+}
+
+/// Where a packet goes, with all that rewriting it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// To the kernel.
+    Pass,
+    /// Nowhere; it has been counted.
+    Drop,
+    /// Answer the ping in place.
+    EchoReply,
+    /// Keep it a little while: a later fragment.
+    Hold,
+    /// To a backend.
+    Backend {
+        /// Which.
+        backend: PlanBackend,
+        /// By way of.
+        next_hop: NextHop,
+        /// Fragment the outer packet rather than tell the client.
+        fragment: bool,
+    },
+    /// To another member.
+    Member {
+        /// Which.
+        member: PlanMember,
+        /// By way of.
+        next_hop: NextHop,
+        /// The hand-off to write.
+        hand_off: HandOff,
+        /// The member passed over.
+        bypassed: Option<MemberId>,
+    },
+}
+
+/// Tables, plan and events of one member on the host.
+#[derive(Debug)]
+pub struct Engine {
+    plan: ArcSwap<CompiledPlan>,
+    next_hops: ArcSwap<NextHops>,
+    table: FlowTable,
+    fragments: Mutex<Fragments>,
+    events: Mutex<VecDeque<FlowEvent>>,
+    started: Instant,
+    lease_until_ms: AtomicU64,
+    /// Counters; the caller adds what only it sees.
+    pub counters: SharedCounters,
+}
+
+#[derive(Debug, Default)]
+struct Fragments {
+    ports: HashMap<FlowKey, ([[u8; 2]; 2], u64)>,
+    order: VecDeque<FlowKey>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The engine under one plan: what [`decide`] reads.
+struct View<'a> {
+    engine: &'a Engine,
+    plan: &'a CompiledPlan,
+    now_ms: u64,
+}
+
+impl Tables for View<'_> {
+    fn local(&self) -> Local {
+        Local {
+            slot: self.plan.plan.local,
+            leased: self.now_ms < self.engine.lease_until_ms.load(Ordering::Relaxed),
+            seed: self.plan.plan.seed,
+            now_ms: self.now_ms,
+        }
+    }
+
+    fn service(&self, key: &FlowKey) -> ServiceMatch {
+        let plan = self.plan;
+        match plan.services.get(&(key.destination, key.destination_port, key.protocol)) {
+            Some(&index) => plan.service(index).map_or(ServiceMatch::AddressOnly, |service| {
+                ServiceMatch::Service(Service {
+                    index,
+                    idle_ms: u32::try_from(service.idle.as_millis()).unwrap_or(u32::MAX),
+                    replicate_syn: service.replicate_syn,
+                })
+            }),
+            None if plan.is_service_address(&key.destination) => ServiceMatch::AddressOnly,
+            None => ServiceMatch::Foreign,
+        }
+    }
+
+    fn row_of(&self, key: &FlowKey, hash: u64) -> u32 {
+        self.plan.row_of(key, hash)
+    }
+
+    fn row(&self, row: u32) -> Row {
+        self.plan.plan.rows.get(row as usize).copied().unwrap_or(Row::EMPTY)
+    }
+
+    fn previous_row(&self, row: u32) -> Option<Row> {
+        self.plan.plan.previous.as_ref()?.get(row as usize).copied()
+    }
+
+    fn liveness(&self, slot: MemberSlot) -> Liveness {
+        self.plan.member(slot).map_or(Liveness::Down, |member| member.liveness)
+    }
+
+    fn slot_of(&self, id: MemberId) -> MemberSlot {
+        self.plan.slots.get(&id).copied().unwrap_or(MemberSlot::NONE)
+    }
+
+    fn flow(&self, key: &FlowKey) -> Option<FlowEntry> {
+        let hash = flow_hash(self.plan.plan.seed, key);
+        self.engine.table.shard(hash).get(hash, key).copied()
+    }
+
+    fn cached(&self, key: &FlowKey) -> Option<FlowEntry> {
+        let hash = flow_hash(self.plan.plan.seed, key);
+        self.engine.table.shard(hash).cache.get(key).copied()
+    }
+
+    fn consistent(&self, service: u32, slot: u16) -> Choice {
+        let Some(service) = self.plan.service(service) else {
+            return Choice { backend: BackendIndex::NONE, unsettled: false };
+        };
+        Choice {
+            backend: service.slots.get(usize::from(slot)).copied().unwrap_or(BackendIndex::NONE),
+            unsettled: service.unsettled.as_ref().is_some_and(|set| set.contains(slot)),
+        }
+    }
+
+    fn fragment_ports(&self, key: &FlowKey) -> Option<[[u8; 2]; 2]> {
+        let fragments = lock(&self.engine.fragments);
+        let (ports, until_ms) = fragments.ports.get(key)?;
+        (self.now_ms < *until_ms).then_some(*ports)
+    }
+}
+
+impl Engine {
+    /// An engine that carries out `plan`, with empty tables and no lease.
+    pub fn new(plan: Plan, limits: TableLimits) -> Result<Self, InstallError> {
+        Ok(Self {
+            plan: ArcSwap::from_pointee(CompiledPlan::new(plan)?),
+            next_hops: ArcSwap::from_pointee(NextHops::default()),
+            table: FlowTable::new(limits),
+            fragments: Mutex::default(),
+            events: Mutex::default(),
+            started: Instant::now(),
+            lease_until_ms: AtomicU64::new(0),
+            counters: SharedCounters::default(),
+        })
+    }
+
+    /// Milliseconds since the engine began: the clock of its entries. Never 0.
+    pub fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64 + 1
+    }
+
+    /// The plan in force.
+    pub fn plan(&self) -> Arc<CompiledPlan> {
+        self.plan.load_full()
+    }
+
+    /// The next hops in force.
+    pub fn next_hops(&self) -> Arc<NextHops> {
+        self.next_hops.load_full()
+    }
+
+    /// See [`crate::Forwarder::install`].
+    ///
+    /// A changed list of backends keeps positions, so entries stay right; a changed seed or row function would not, and is refused.
+    pub fn install(&self, plan: Plan) -> Result<(), InstallError> {
+        let old = self.plan();
+        if old.plan.seed != plan.seed {
+            return Err(InstallError::Inconsistent(
+                "the hash seed changed; it is fixed for the life of a cluster".to_owned(),
+            ));
+        }
+        let moved = old.plan.backends.iter().zip(&plan.backends).any(|(old, new)| old.id != new.id);
+        let compiled = CompiledPlan::new(plan)?;
+        if moved || compiled.plan.backends.len() < old.plan.backends.len() {
+            return Err(InstallError::Inconsistent("a backend lost its position".to_owned()));
+        }
+        self.plan.store(Arc::new(compiled));
+        Ok(())
+    }
+
+    /// See [`crate::Forwarder::set_next_hops`].
+    pub fn set_next_hops(&self, next_hops: NextHops) {
+        self.next_hops.store(Arc::new(next_hops));
+    }
+
+    /// See [`crate::Forwarder::renew_lease`].
+    pub fn renew_lease(&self, term: Duration) {
+        let until_ms = if term.is_zero() { 0 } else { self.now_ms() + term.as_millis() as u64 };
+        self.lease_until_ms.store(until_ms, Ordering::Relaxed);
+    }
+
+    /// Whether the lease has not run out.
+    pub fn is_leased(&self) -> bool {
+        self.now_ms() < self.lease_until_ms.load(Ordering::Relaxed)
+    }
+
+    /// Decides on one packet and carries the decision out on the tables.
+    pub fn rule(&self, packet: &Packet, arrival: &Arrival) -> Ruling {
+        let plan = self.plan.load_full();
+        let now_ms = self.now_ms();
+        let decision = decide(packet, arrival, &View { engine: self, plan: &plan, now_ms });
+        self.commit(packet, &decision, &plan, now_ms);
+        self.counters.count(decision.outcome);
+        if let Verdict::Drop(reason) = decision.verdict {
+            self.counters.count_drop(reason.into());
+        }
+        Ruling { decision, plan }
+    }
+
+    /// Where a ruled packet goes. Counts what has no next hop.
+    pub fn target(&self, ruling: &Ruling) -> Target {
+        let next_hops = self.next_hops.load();
+        let target = match ruling.decision.verdict {
+            Verdict::Pass => return Target::Pass,
+            Verdict::Drop(_) => return Target::Drop,
+            Verdict::EchoReply => return Target::EchoReply,
+            Verdict::Hold => return Target::Hold,
+            Verdict::Forward(index) => (|| {
+                Some(Target::Backend {
+                    backend: *ruling.plan.backend(index)?,
+                    next_hop: (*next_hops.backends.get(index.0 as usize)?)?,
+                    fragment: ruling.plan.service(ruling.decision.service)?.fragment,
+                })
+            })(),
+            Verdict::HandOff(hand_off) => (|| {
+                Some(Target::Member {
+                    member: *ruling.plan.member(hand_off.to)?,
+                    next_hop: (*next_hops.members.get(usize::from(hand_off.to.0))?)?,
+                    hand_off,
+                    bypassed: ruling.plan.member(hand_off.bypassed).map(|member| member.id),
+                })
+            })(),
+        };
+        target.unwrap_or_else(|| {
+            self.counters.count_drop(Drop::NoNextHop);
+            Target::Drop
+        })
+    }
+
+    fn commit(&self, packet: &Packet, decision: &Decision, plan: &CompiledPlan, now_ms: u64) {
+        if decision.learn_fragment {
+            self.learn_fragment(packet, decision, now_ms);
+        }
+        if !decision.erase_cache && decision.action == Action::Keep && decision.event.is_none() {
+            return;
+        }
+        let mut lost = false;
+        {
+            let mut shard = self.table.shard(decision.hash);
+            if decision.erase_cache {
+                shard.cache.pop(&decision.key);
+            }
+            let put = match decision.action {
+                Action::Keep => Put::Done,
+                Action::Insert => {
+                    let put = shard.put(decision.hash, decision.key, decision.entry);
+                    lost = put == Put::Full;
+                    put
+                }
+                Action::Update => {
+                    let mut entry = decision.entry;
+                    // Between reading and writing another thread or the daemon may have put a newer record there.
+                    match shard.get(decision.hash, &decision.key) {
+                        Some(current)
+                            if current.backend != entry.backend || current.update > entry.update =>
+                        {
+                            Put::Done
+                        }
+                        Some(current) => {
+                            entry.birth = current.birth;
+                            shard.put(decision.hash, decision.key, entry)
+                        }
+                        None => Put::Done,
+                    }
+                }
+                Action::UpdateCache => {
+                    if let Some(entry) = shard.cache.get_mut(&decision.key) {
+                        *entry = decision.entry;
+                    }
+                    Put::Done
+                }
+            };
+            match put {
+                Put::Done => {}
+                Put::Evicted => {
+                    self.counters.half_open_evicted.fetch_add(1, Ordering::Relaxed);
+                }
+                Put::Full => {
+                    self.counters.table_full.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+        if let Some(kind) = decision.event
+            && !lost
+            && let Some(record) = record(plan, &decision.key, &decision.entry, now_ms)
+        {
+            self.push_event(FlowEvent { kind, at_once: decision.at_once, record });
+        }
+    }
+
+    fn learn_fragment(&self, packet: &Packet, decision: &Decision, now_ms: u64) {
+        let mut fragments = lock(&self.fragments);
+        let key = packet.fragment_key();
+        let ports = [decision.key.source_port, decision.key.destination_port];
+        if fragments.ports.insert(key, (ports, now_ms + FRAGMENT_LIFE_MS)).is_none() {
+            fragments.order.push_back(key);
+        }
+        while fragments.order.len() > MAX_FRAGMENTED {
+            let oldest = fragments.order.pop_front();
+            oldest.and_then(|oldest| fragments.ports.remove(&oldest));
+        }
+    }
+
+    fn push_event(&self, event: FlowEvent) {
+        let mut events = lock(&self.events);
+        if events.len() >= MAX_EVENTS {
+            self.counters.events_lost.fetch_add(1, Ordering::Relaxed);
+        } else {
+            events.push_back(event);
+        }
+    }
+
+    /// See [`crate::Forwarder::upsert`].
+    pub fn upsert(&self, records: &[Record]) -> Vec<Upserted> {
+        let plan = self.plan();
+        let now_ms = self.now_ms();
+        records.iter().map(|record| self.upsert_one(&plan, record, now_ms)).collect()
+    }
+
+    fn upsert_one(&self, plan: &CompiledPlan, record: &Record, now_ms: u64) -> Upserted {
+        let Some(index) = plan.backend_index(&record.backend) else { return Upserted::UnknownBackend };
+        let hash = flow_hash(plan.plan.seed, &record.key);
+        let mut shard = self.table.shard(hash);
+        let mut entry = entry_of(record, index, now_ms);
+        if let Some(current) = shard.get(hash, &record.key) {
+            let backends = plan.backend(current.backend).map_or(std::cmp::Ordering::Greater, |backend| {
+                backend.id.cmp(&record.backend)
+            });
+            if !version(current).is_replaced_by(record.version(), backends) {
+                return Upserted::Stale;
+            }
+            entry.last_seen_ms = entry.last_seen_ms.max(current.last_seen_ms);
+        }
+        shard.cache.pop(&record.key);
+        match shard.put(hash, record.key, entry) {
+            Put::Done => Upserted::Applied,
+            Put::Evicted => {
+                self.counters.half_open_evicted.fetch_add(1, Ordering::Relaxed);
+                Upserted::Applied
+            }
+            Put::Full => {
+                self.counters.table_full.fetch_add(1, Ordering::Relaxed);
+                Upserted::Full
+            }
+        }
+    }
+
+    /// See [`crate::Forwarder::remove`].
+    pub fn remove(&self, flows: &[(FlowKey, u64)]) {
+        for (key, birth) in flows {
+            let hash = self.hash(key);
+            self.table.shard(hash).remove(hash, key, *birth);
+        }
+    }
+
+    /// See [`crate::Forwarder::stamp`].
+    pub fn stamp(&self, key: &FlowKey, birth: u64) -> bool {
+        self.with_entry(key, |entry| {
+            let unstamped = entry.birth == 0;
+            if unstamped {
+                entry.birth = birth;
+            }
+            unstamped
+        })
+        .unwrap_or(false)
+    }
+
+    /// See [`crate::Forwarder::protect`].
+    pub fn protect(&self, key: &FlowKey, birth: u64, update: u32) {
+        self.with_entry(key, |entry| {
+            if entry.birth == birth && entry.update == update {
+                entry.flags = entry.flags.with(FlowFlags::PROTECTED, true);
+            }
+        });
+    }
+
+    /// See [`crate::Forwarder::touch`].
+    pub fn touch(&self, flows: &[(FlowKey, u32)]) {
+        let now_ms = self.now_ms();
+        for (key, idle_ms) in flows {
+            self.with_entry(key, |entry| {
+                entry.last_seen_ms = entry.last_seen_ms.max(now_ms.saturating_sub(u64::from(*idle_ms)));
+            });
+        }
+    }
+
+    fn hash(&self, key: &FlowKey) -> u64 {
+        flow_hash(self.plan.load().plan.seed, key)
+    }
+
+    fn with_entry<T>(&self, key: &FlowKey, change: impl FnOnce(&mut FlowEntry) -> T) -> Option<T> {
+        let hash = self.hash(key);
+        self.table.shard(hash).get_mut(hash, key).map(change)
+    }
+
+    /// See [`crate::Forwarder::upsert_cache`].
+    pub fn upsert_cache(&self, records: &[Record]) {
+        let plan = self.plan();
+        let now_ms = self.now_ms();
+        for record in records {
+            let Some(index) = plan.backend_index(&record.backend) else { continue };
+            let hash = flow_hash(plan.plan.seed, &record.key);
+            let mut shard = self.table.shard(hash);
+            if shard.get(hash, &record.key).is_some() {
+                continue;
+            }
+            let newer = shard.cache.peek(&record.key).is_none_or(|current| {
+                let backends = plan.backend(current.backend).map_or(std::cmp::Ordering::Greater, |backend| {
+                    backend.id.cmp(&record.backend)
+                });
+                version(current).is_replaced_by(record.version(), backends)
+            });
+            if newer {
+                shard.cache.put(record.key, entry_of(record, index, now_ms));
+            }
+        }
+    }
+
+    /// See [`crate::Forwarder::remove_cache`].
+    pub fn remove_cache(&self, keys: &[FlowKey]) {
+        for key in keys {
+            self.table.shard(self.hash(key)).cache.pop(key);
+        }
+    }
+
+    /// See [`crate::Forwarder::flush_cache`].
+    pub fn flush_cache(&self) -> Vec<Record> {
+        let plan = self.plan();
+        let now_ms = self.now_ms();
+        let mut records = Vec::new();
+        for mut shard in self.table.shards() {
+            records.extend(shard.cache.iter().filter_map(|(key, entry)| record(&plan, key, entry, now_ms)));
+            shard.cache.clear();
+        }
+        records
+    }
+
+    /// See [`crate::Forwarder::get`].
+    pub fn get(&self, key: &FlowKey) -> Option<Record> {
+        let hash = self.hash(key);
+        let entry = self.table.shard(hash).get(hash, key).copied()?;
+        record(&self.plan(), key, &entry, self.now_ms())
+    }
+
+    /// See [`crate::Forwarder::visit`].
+    pub fn visit(&self, rows: &RowSet, show: &mut dyn FnMut(&Record)) {
+        let plan = self.plan();
+        let now_ms = self.now_ms();
+        for shard in self.table.shards() {
+            for (key, hash, entry) in shard.iter() {
+                if rows.contains(plan.row_of(key, hash))
+                    && let Some(record) = record(&plan, key, entry, now_ms)
+                {
+                    show(&record);
+                }
+            }
+        }
+    }
+
+    /// See [`crate::Forwarder::poll_events`].
+    pub fn poll_events(&self, events: &mut Vec<FlowEvent>, limit: usize) -> bool {
+        self.find_expired();
+        let mut queue = lock(&self.events);
+        let taken = queue.len().min(limit);
+        events.extend(queue.drain(..taken));
+        !queue.is_empty()
+    }
+
+    /// Searches the shares whose turn it is for entries whose time is over.
+    fn find_expired(&self) {
+        let now_ms = self.now_ms();
+        let plan = self.plan();
+        let mut expired = Vec::new();
+        for mut shard in self.table.shards() {
+            if now_ms < shard.next_scan_ms {
+                continue;
+            }
+            shard.next_scan_ms = now_ms + SCAN_EVERY_MS;
+            for (key, _, entry) in shard.iter_mut() {
+                let Some(service) = plan.service_of(key) else { continue };
+                let life = match entry.flow_state() {
+                    FlowState::HalfOpen => service.half_open,
+                    FlowState::Established => service.idle,
+                    FlowState::Closing => service.linger,
+                    FlowState::Reset => service.reset_linger,
+                };
+                if now_ms.saturating_sub(entry.last_seen_ms) > life.as_millis() as u64 {
+                    expired.extend(record(&plan, key, entry, now_ms));
+                }
+            }
+            let life_ms = |key: &FlowKey| {
+                plan.service_of(key).map_or(0, |service| service.idle.as_millis() as u64)
+            };
+            while let Some((key, entry)) = shard.cache.peek_lru()
+                && now_ms.saturating_sub(entry.last_seen_ms) > life_ms(key)
+            {
+                shard.cache.pop_lru();
+            }
+        }
+        for record in expired {
+            self.push_event(FlowEvent { kind: FlowEventKind::Expired, at_once: false, record });
+        }
+    }
+
+    /// A reading of the counters, gauges included.
+    pub fn read_counters(&self) -> Counters {
+        let mut counters = self.counters.read();
+        for shard in self.table.shards() {
+            let (flows, half_open, cached) = shard.len();
+            counters.flows += flows as u64;
+            counters.half_open += half_open as u64;
+            counters.cached += cached as u64;
+        }
+        counters
+    }
+}
+
+fn version(entry: &FlowEntry) -> Version {
+    Version {
+        recovered: entry.flags.has(FlowFlags::RECOVERED),
+        live: entry.flow_state().is_live(),
+        birth: entry.birth,
+        update: entry.update,
+    }
+}
+
+fn entry_of(record: &Record, backend: BackendIndex, now_ms: u64) -> FlowEntry {
+    let seen_ms = now_ms.saturating_sub(u64::from(record.idle_ms));
+    FlowEntry {
+        birth: record.birth,
+        last_seen_ms: seen_ms,
+        last_reported_ms: seen_ms,
+        update: record.update,
+        backend,
+        state: record.state as u8,
+        flags: record.flags.with(FlowFlags::PROTECTED, false),
+        reserved: [0; 6],
+    }
+}
+
+fn record(plan: &CompiledPlan, key: &FlowKey, entry: &FlowEntry, now_ms: u64) -> Option<Record> {
+    Some(Record {
+        key: *key,
+        backend: plan.backend(entry.backend)?.id,
+        birth: entry.birth,
+        update: entry.update,
+        state: entry.flow_state(),
+        flags: entry.flags,
+        idle_ms: u32::try_from(now_ms.saturating_sub(entry.last_seen_ms)).unwrap_or(u32::MAX),
+    })
+}

@@ -335,16 +335,20 @@ impl Roles {
 pub fn decide<T: Tables>(packet: &Packet, arrival: &Arrival, tables: &T) -> Decision {
     // Step 1: is it ours?
     let mut key = packet.key;
-    let fragment = !matches!(packet.fragment, Fragment::None);
     let mut arrival = *arrival;
     let mut learn_fragment = false;
     let local = tables.local();
 
-    if fragment && !matches!(packet.kind, PacketKind::IcmpError) {
+    if matches!(packet.kind, PacketKind::NeighbourDiscovery) {
+        return Decision::plain(key, Verdict::Pass, Outcome::Passed);
+    }
+    if let Some(fragment_key) = packet.fragment_key()
+        && !matches!(packet.kind, PacketKind::IcmpError)
+    {
         if matches!(tables.service(&key), ServiceMatch::Foreign) {
             return Decision::plain(key, Verdict::Pass, Outcome::Passed);
         }
-        match fragment_ports(packet, &mut arrival, tables, local) {
+        match fragment_ports(packet, &fragment_key, &mut arrival, tables, local) {
             FragmentStep::Known { ports, learn } => {
                 key.source_port = ports[0];
                 key.destination_port = ports[1];
@@ -360,7 +364,7 @@ pub fn decide<T: Tables>(packet: &Packet, arrival: &Arrival, tables: &T) -> Deci
         ServiceMatch::AddressOnly => {
             return match packet.kind {
                 PacketKind::EchoRequest => Decision::plain(key, Verdict::EchoReply, Outcome::Echo),
-                PacketKind::Other => {
+                PacketKind::Other | PacketKind::LaterFragment => {
                     Decision::plain(key, Verdict::Drop(DropReason::Protocol), Outcome::Dropped)
                 }
                 _ => Decision::plain(key, Verdict::Drop(DropReason::NoService), Outcome::Dropped),
@@ -393,6 +397,7 @@ enum FragmentStep {
 #[inline(always)]
 fn fragment_ports<T: Tables>(
     packet: &Packet,
+    fragment_key: &FlowKey,
     arrival: &mut Arrival,
     tables: &T,
     local: Local,
@@ -400,9 +405,8 @@ fn fragment_ports<T: Tables>(
     if let Some(ports) = arrival.ports {
         return FragmentStep::Known { ports, learn: false };
     }
-    let fragment_key = packet.fragment_key();
-    let hash = flow_hash(local.seed, &fragment_key);
-    let roles = Roles::new(tables, local, &fragment_key, hash, arrival);
+    let hash = flow_hash(local.seed, fragment_key);
+    let roles = Roles::new(tables, local, fragment_key, hash, arrival);
     let gatherer = roles.acting_owner(tables);
     if gatherer != local.slot && gatherer.is_some() && arrival.hops == 0 {
         let verdict = roles.hand_off(tables, gatherer, arrival);
@@ -410,10 +414,13 @@ fn fragment_ports<T: Tables>(
     }
     // The gatherer was chosen by another row: whoever it bypassed says nothing of the flow's row.
     arrival.bypassed = None;
-    if matches!(packet.fragment, Fragment::First) {
-        return FragmentStep::Known { ports: [packet.key.source_port, packet.key.destination_port], learn: true };
+    if matches!(packet.fragment, Fragment::First { .. }) {
+        return FragmentStep::Known {
+            ports: [packet.key.source_port, packet.key.destination_port],
+            learn: true,
+        };
     }
-    match tables.fragment_ports(&fragment_key) {
+    match tables.fragment_ports(fragment_key) {
         Some(ports) => FragmentStep::Known { ports, learn: false },
         None => FragmentStep::Elsewhere(Decision::plain(packet.key, Verdict::Hold, Outcome::Held)),
     }
@@ -421,13 +428,7 @@ fn fragment_ports<T: Tables>(
 
 /// Step 2.
 #[inline(always)]
-fn syn<T: Tables>(
-    decision: &mut Decision,
-    roles: &Roles,
-    arrival: &Arrival,
-    tables: &T,
-    service: &Service,
-) {
+fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tables: &T, service: &Service) {
     decision.erase_cache = true;
     let known = tables.flow(&decision.key);
     if let Some(entry) = known
@@ -597,15 +598,21 @@ fn advance(mut entry: FlowEntry, packet: &Packet) -> (FlowEntry, bool) {
         PacketKind::Tcp { flags } if flags & tcp_flags::RST != 0 => FlowState::Reset,
         PacketKind::Tcp { flags } if flags & tcp_flags::FIN != 0 => FlowState::Closing,
         // Half-closed downloads go on with pure acknowledgements; only data says that the client is not done.
-        PacketKind::Tcp { .. } if packet.payload_len > 0 => FlowState::Established,
+        PacketKind::Tcp { .. } if packet.payload_length > 0 => FlowState::Established,
         PacketKind::Tcp { .. } | PacketKind::Datagram if matches!(before, FlowState::HalfOpen) => {
             FlowState::Established
         }
         _ => before,
     };
     entry.state = after as u8;
-    (entry, !matches!((before, after), (FlowState::HalfOpen, FlowState::HalfOpen)
-        | (FlowState::Established, FlowState::Established)
-        | (FlowState::Closing, FlowState::Closing)
-        | (FlowState::Reset, FlowState::Reset)))
+    (
+        entry,
+        !matches!(
+            (before, after),
+            (FlowState::HalfOpen, FlowState::HalfOpen)
+                | (FlowState::Established, FlowState::Established)
+                | (FlowState::Closing, FlowState::Closing)
+                | (FlowState::Reset, FlowState::Reset)
+        ),
+    )
 }

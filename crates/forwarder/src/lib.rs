@@ -91,9 +91,7 @@ impl RowSet {
     pub fn contains(&self, row: u32) -> bool {
         match self {
             Self::All => true,
-            Self::Some(bits) => {
-                bits.get(row as usize / 64).is_some_and(|word| word & (1 << (row % 64)) != 0)
-            }
+            Self::Some(bits) => bits.get(row as usize / 64).is_some_and(|word| word & (1 << (row % 64)) != 0),
         }
     }
 }

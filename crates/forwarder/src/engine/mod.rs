@@ -39,6 +39,9 @@ const FRAGMENT_LIFE_MS: u64 = 2_000;
 /// How often each share of the table is searched for expired entries, and how long the daemon has for its word on one.
 const SCAN_EVERY_MS: u64 = 1_000;
 
+/// How long a flow is kept after its last packet when its service has gone from the configuration.
+const ORPHAN_LIFE: Duration = Duration::from_secs(60);
+
 /// A plan with what a host needs to look things up in it.
 #[derive(Debug)]
 pub struct CompiledPlan {
@@ -73,7 +76,8 @@ impl CompiledPlan {
             services.insert((address, service.port.to_be_bytes(), service.protocol), index as u32);
             addresses.insert(address, ());
         }
-        let slots = (0_u16..).zip(&plan.members).map(|(slot, member)| (member.id, MemberSlot(slot))).collect();
+        let slots =
+            (0_u16..).zip(&plan.members).map(|(slot, member)| (member.id, MemberSlot(slot))).collect();
         let backends =
             (0_u32..).zip(&plan.backends).map(|(index, backend)| (backend.id, BackendIndex(index))).collect();
         Ok(Self { plan, services, addresses, slots, backends })
@@ -431,7 +435,7 @@ impl Engine {
 
     fn learn_fragment(&self, packet: &Packet, decision: &Decision, now_ms: u64) {
         let mut fragments = lock(&self.fragments);
-        let key = packet.fragment_key();
+        let Some(key) = packet.fragment_key() else { return };
         let ports = [decision.key.source_port, decision.key.destination_port];
         if fragments.ports.insert(key, (ports, now_ms + FRAGMENT_LIFE_MS)).is_none() {
             fragments.order.push_back(key);
@@ -464,9 +468,9 @@ impl Engine {
         let mut shard = self.table.shard(hash);
         let mut entry = entry_of(record, index, now_ms);
         if let Some(current) = shard.get(hash, &record.key) {
-            let backends = plan.backend(current.backend).map_or(std::cmp::Ordering::Greater, |backend| {
-                backend.id.cmp(&record.backend)
-            });
+            let backends = plan
+                .backend(current.backend)
+                .map_or(std::cmp::Ordering::Greater, |backend| backend.id.cmp(&record.backend));
             if !version(current).is_replaced_by(record.version(), backends) {
                 return Upserted::Stale;
             }
@@ -546,9 +550,9 @@ impl Engine {
                 continue;
             }
             let newer = shard.cache.peek(&record.key).is_none_or(|current| {
-                let backends = plan.backend(current.backend).map_or(std::cmp::Ordering::Greater, |backend| {
-                    backend.id.cmp(&record.backend)
-                });
+                let backends = plan
+                    .backend(current.backend)
+                    .map_or(std::cmp::Ordering::Greater, |backend| backend.id.cmp(&record.backend));
                 version(current).is_replaced_by(record.version(), backends)
             });
             if newer {
@@ -618,20 +622,18 @@ impl Engine {
             }
             shard.next_scan_ms = now_ms + SCAN_EVERY_MS;
             for (key, _, entry) in shard.iter_mut() {
-                let Some(service) = plan.service_of(key) else { continue };
-                let life = match entry.flow_state() {
+                let life = plan.service_of(key).map_or(ORPHAN_LIFE, |service| match entry.flow_state() {
                     FlowState::HalfOpen => service.half_open,
                     FlowState::Established => service.idle,
                     FlowState::Closing => service.linger,
                     FlowState::Reset => service.reset_linger,
-                };
+                });
                 if now_ms.saturating_sub(entry.last_seen_ms) > life.as_millis() as u64 {
                     expired.extend(record(&plan, key, entry, now_ms));
                 }
             }
-            let life_ms = |key: &FlowKey| {
-                plan.service_of(key).map_or(0, |service| service.idle.as_millis() as u64)
-            };
+            let life_ms =
+                |key: &FlowKey| plan.service_of(key).map_or(0, |service| service.idle.as_millis() as u64);
             while let Some((key, entry)) = shard.cache.peek_lru()
                 && now_ms.saturating_sub(entry.last_seen_ms) > life_ms(key)
             {

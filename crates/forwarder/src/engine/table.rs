@@ -151,10 +151,7 @@ impl Shard {
     }
 
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (&FlowKey, u64, &mut FlowEntry)> {
-        self.flows
-            .iter_mut()
-            .chain(self.half_open.iter_mut())
-            .map(|(key, hash, entry)| (&*key, *hash, entry))
+        self.flows.iter_mut().chain(self.half_open.iter_mut()).map(|(key, hash, entry)| (&*key, *hash, entry))
     }
 
     pub(crate) fn len(&self) -> (usize, usize, usize) {

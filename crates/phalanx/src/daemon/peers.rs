@@ -1,0 +1,461 @@
+//! QUIC between members: one long-lived outgoing stream of frames per peer, and short requests.
+//!
+//! ```text
+//!                 ┌──────────────── Peers ────────────────┐
+//!  control ──────►│ outbox per peer ─► dialer task ─► QUIC │──► peer's acceptor
+//!     ▲           │ (unbounded: the replicator bounds what │
+//!     │           │  is in flight)                         │
+//!     └───────────│ PeerEvent ◄── acceptor tasks ◄── QUIC  │◄── peers' dialers
+//!                 └────────────────────────────────────────┘
+//! ```
+//! Every member dials every other, so that each direction has a connection of its own and nothing needs to be deduplicated.
+//! A dropped outgoing connection is dialled again with capped backoff; what was in flight then is the replicator's to send again.
+//!
+//! Certificates are self-signed and pinned by the fingerprint that the (sealed) gossip carries, in both directions.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use aws_lc_rs::digest;
+use phalanx_flow::MemberId;
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+/// Protocol name in the TLS handshake (RFC 7301); the number changes with the framing.
+const ALPN: &[u8] = b"phalanx/1";
+
+/// A frame or request longer than this is a fault or an attack: the stream is reset.
+const MAX_FRAME_BYTES: usize = 4 << 20;
+
+/// First pause before dialling again, and the longest.
+const REDIAL_FIRST: Duration = Duration::from_millis(50);
+const REDIAL_LAST: Duration = Duration::from_secs(1);
+
+/// A dead peer's connection ends after this long; gossip has said so long before.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(6);
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+
+/// How long a request may take in all.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// SHA-256 of a certificate.
+pub type Fingerprint = [u8; 32];
+
+/// A member's key pair for QUIC, made anew at every start.
+pub struct Identity {
+    certificate: CertificateDer<'static>,
+    key: PrivatePkcs8KeyDer<'static>,
+}
+
+impl Identity {
+    /// Makes a self-signed certificate.
+    pub fn generate() -> anyhow::Result<Self> {
+        let made = rcgen::generate_simple_self_signed(vec!["phalanx".to_owned()])
+            .context("make a QUIC certificate")?;
+        Ok(Self { certificate: made.cert.der().clone(), key: made.signing_key.serialize_der().into() })
+    }
+
+    /// What the gossip carries.
+    pub fn fingerprint(&self) -> Fingerprint {
+        fingerprint(&self.certificate)
+    }
+}
+
+fn fingerprint(certificate: &CertificateDer<'_>) -> Fingerprint {
+    let mut fingerprint = [0; 32];
+    fingerprint.copy_from_slice(digest::digest(&digest::SHA256, certificate).as_ref());
+    fingerprint
+}
+
+/// A member to be connected with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its name.
+    pub id: MemberId,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its certificate's fingerprint.
+    pub fingerprint: Fingerprint,
+}
+
+/// What peers did.
+#[derive(Debug)]
+pub enum PeerEvent {
+    /// Our stream to the peer is open.
+    Connected(MemberId),
+    /// Our stream to the peer is gone, with whatever was in flight.
+    Disconnected(MemberId),
+    /// Bytes of the peer's stream of frames, in order.
+    Frame(MemberId, Vec<u8>),
+    /// The peer opened its stream anew: a decoder must start afresh.
+    Opened(MemberId),
+    /// The peer asks; dropping `reply` refuses.
+    Request {
+        /// Who asks.
+        from: MemberId,
+        /// What.
+        body: Vec<u8>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<u8>>,
+    },
+}
+
+struct Dialer {
+    peer: Peer,
+    outbox: mpsc::UnboundedSender<Vec<u8>>,
+    connection: Arc<Mutex<Option<quinn::Connection>>>,
+    task: JoinHandle<()>,
+}
+
+struct Shared {
+    endpoint: quinn::Endpoint,
+    by_fingerprint: Mutex<HashMap<Fingerprint, MemberId>>,
+    dialers: Mutex<HashMap<MemberId, Dialer>>,
+    events: mpsc::UnboundedSender<PeerEvent>,
+}
+
+/// The QUIC side of a member. Cheap to clone.
+#[derive(Clone)]
+pub struct Peers(Arc<Shared>);
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Peers {
+    /// Listens on `address`; must be called within a tokio runtime.
+    pub fn start(
+        identity: &Identity,
+        address: SocketAddr,
+        events: mpsc::UnboundedSender<PeerEvent>,
+    ) -> anyhow::Result<Self> {
+        let mut endpoint = quinn::Endpoint::server(server_config(identity)?, address)
+            .with_context(|| format!("listen for QUIC on {address} (member.address, cluster.transfer_port)"))?;
+        endpoint.set_default_client_config(client_config(identity)?);
+        let shared = Arc::new(Shared {
+            endpoint,
+            by_fingerprint: Mutex::default(),
+            dialers: Mutex::default(),
+            events,
+        });
+        tokio::spawn(accept(Arc::clone(&shared)));
+        Ok(Self(shared))
+    }
+
+    /// Says whom to be connected with; others are let go.
+    pub fn set_peers(&self, peers: &[Peer]) {
+        *lock(&self.0.by_fingerprint) = peers.iter().map(|peer| (peer.fingerprint, peer.id)).collect();
+        let mut dialers = lock(&self.0.dialers);
+        dialers.retain(|id, dialer| {
+            let keep = peers.iter().any(|peer| peer.id == *id && *peer == dialer.peer);
+            if !keep {
+                dialer.task.abort();
+                if let Some(connection) = lock(&dialer.connection).take() {
+                    connection.close(0_u32.into(), b"gone");
+                }
+                let _ = self.0.events.send(PeerEvent::Disconnected(*id));
+            }
+            keep
+        });
+        for peer in peers {
+            dialers.entry(peer.id).or_insert_with(|| self.dialer(peer.clone()));
+        }
+    }
+
+    /// Queues bytes on the stream of frames to a peer; lost if it is not connected, and then [`PeerEvent::Disconnected`] said or will
+    /// say so.
+    pub fn send(&self, to: MemberId, frame: Vec<u8>) {
+        if let Some(dialer) = lock(&self.0.dialers).get(&to) {
+            let _ = dialer.outbox.send(frame);
+        }
+    }
+
+    /// Asks a connected peer.
+    pub async fn request(&self, to: MemberId, body: &[u8]) -> anyhow::Result<Vec<u8>> {
+        let connection = lock(&self.0.dialers)
+            .get(&to)
+            .and_then(|dialer| lock(&dialer.connection).clone())
+            .ok_or_else(|| anyhow!("member {to} is not connected"))?;
+        tokio::time::timeout(REQUEST_TIMEOUT, async {
+            let (mut send, mut receive) = connection.open_bi().await?;
+            send.write_all(body).await?;
+            send.finish()?;
+            Ok(receive.read_to_end(MAX_FRAME_BYTES).await?)
+        })
+        .await
+        .with_context(|| format!("member {to} did not answer in {REQUEST_TIMEOUT:?}"))?
+    }
+
+    /// Lets what is queued go out, then closes.
+    pub async fn shutdown(&self) {
+        self.0.endpoint.close(0_u32.into(), b"leaving");
+        let _ = tokio::time::timeout(Duration::from_millis(200), self.0.endpoint.wait_idle()).await;
+    }
+
+    fn dialer(&self, peer: Peer) -> Dialer {
+        let (outbox, queue) = mpsc::unbounded_channel();
+        let connection = Arc::new(Mutex::new(None));
+        let task = tokio::spawn(dial(Arc::clone(&self.0), peer.clone(), queue, Arc::clone(&connection)));
+        Dialer { peer, outbox, connection, task }
+    }
+}
+
+/// Keeps one outgoing connection to `peer` and writes its outbox to it.
+async fn dial(
+    shared: Arc<Shared>,
+    peer: Peer,
+    mut queue: mpsc::UnboundedReceiver<Vec<u8>>,
+    slot: Arc<Mutex<Option<quinn::Connection>>>,
+) {
+    let mut pause = REDIAL_FIRST;
+    loop {
+        match connect(&shared, &peer).await {
+            Ok((connection, mut stream)) => {
+                pause = REDIAL_FIRST;
+                // What was queued while nobody listened is the replicator's to send again.
+                while queue.try_recv().is_ok() {}
+                *lock(&slot) = Some(connection.clone());
+                let _ = shared.events.send(PeerEvent::Connected(peer.id));
+                let reason = loop {
+                    tokio::select! {
+                        frame = queue.recv() => {
+                            let Some(frame) = frame else { return };
+                            if let Err(error) = stream.write_all(&frame).await {
+                                break error.to_string();
+                            }
+                        }
+                        error = connection.closed() => break error.to_string(),
+                    }
+                };
+                tracing::debug!(peer = %peer.id, reason, "stream to peer lost");
+                *lock(&slot) = None;
+                connection.close(1_u32.into(), b"stream lost");
+                let _ = shared.events.send(PeerEvent::Disconnected(peer.id));
+            }
+            Err(error) => tracing::debug!(peer = %peer.id, address = %peer.address, "dial: {error:#}"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(REDIAL_LAST);
+    }
+}
+
+async fn connect(shared: &Shared, peer: &Peer) -> anyhow::Result<(quinn::Connection, quinn::SendStream)> {
+    let connection = shared.endpoint.connect(peer.address, "phalanx")?.await?;
+    if peer_fingerprint(&connection)? != peer.fingerprint {
+        connection.close(2_u32.into(), b"wrong certificate");
+        bail!("the certificate at {} is not the one member {} gossips", peer.address, peer.id);
+    }
+    let stream = connection.open_uni().await?;
+    Ok((connection, stream))
+}
+
+fn peer_fingerprint(connection: &quinn::Connection) -> anyhow::Result<Fingerprint> {
+    let identity = connection.peer_identity().context("no certificate")?;
+    let chain =
+        identity.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| anyhow!("no X.509 certificate"))?;
+    Ok(fingerprint(chain.first().context("no certificate")?))
+}
+
+async fn accept(shared: Arc<Shared>) {
+    while let Some(incoming) = shared.endpoint.accept().await {
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let address = incoming.remote_address();
+            if let Err(error) = serve(shared, incoming).await {
+                tracing::debug!(%address, "connection from peer ended: {error:#}");
+            }
+        });
+    }
+}
+
+async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming) -> anyhow::Result<()> {
+    let connection = incoming.await?;
+    let print = peer_fingerprint(&connection)?;
+    let mut from = lock(&shared.by_fingerprint).get(&print).copied();
+    // A joiner may dial before its metadata has reached us.
+    for _ in 0..20 {
+        if from.is_some() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        from = lock(&shared.by_fingerprint).get(&print).copied();
+    }
+    let Some(from) = from else {
+        connection.close(2_u32.into(), b"unknown certificate");
+        bail!("a certificate nobody gossips");
+    };
+    loop {
+        tokio::select! {
+            stream = connection.accept_uni() => {
+                let mut stream = stream?;
+                let events = shared.events.clone();
+                tokio::spawn(async move {
+                    let _ = events.send(PeerEvent::Opened(from));
+                    while let Ok(Some(chunk)) = stream.read_chunk(64 << 10, true).await {
+                        if events.send(PeerEvent::Frame(from, chunk.bytes.to_vec())).is_err() {
+                            break;
+                        }
+                    }
+                });
+            }
+            stream = connection.accept_bi() => {
+                let (mut send, mut receive) = stream?;
+                let events = shared.events.clone();
+                tokio::spawn(async move {
+                    let Ok(body) = receive.read_to_end(MAX_FRAME_BYTES).await else { return };
+                    let (reply, answer) = oneshot::channel();
+                    let _ = events.send(PeerEvent::Request { from, body, reply });
+                    if let Ok(answer) = answer.await {
+                        let _ = send.write_all(&answer).await;
+                        let _ = send.finish();
+                    } else {
+                        let _ = send.reset(0_u32.into());
+                    }
+                });
+            }
+        }
+    }
+}
+
+fn transport() -> anyhow::Result<Arc<quinn::TransportConfig>> {
+    let mut transport = quinn::TransportConfig::default();
+    transport
+        .max_idle_timeout(Some(IDLE_TIMEOUT.try_into()?))
+        .keep_alive_interval(Some(KEEP_ALIVE))
+        .stream_receive_window((16_u32 << 20).into())
+        .send_window(32 << 20)
+        .max_concurrent_bidi_streams(64_u32.into())
+        .max_concurrent_uni_streams(8_u32.into());
+    Ok(Arc::new(transport))
+}
+
+fn provider() -> Arc<rustls::crypto::CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
+fn server_config(identity: &Identity) -> anyhow::Result<quinn::ServerConfig> {
+    let mut tls = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(Arc::new(Pinned(provider())))
+        .with_single_cert(vec![identity.certificate.clone()], PrivateKeyDer::Pkcs8(identity.key.clone_key()))?;
+    tls.alpn_protocols = vec![ALPN.to_vec()];
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+    config.transport_config(transport()?);
+    Ok(config)
+}
+
+fn client_config(identity: &Identity) -> anyhow::Result<quinn::ClientConfig> {
+    let mut tls = rustls::ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Pinned(provider())))
+        .with_client_auth_cert(
+            vec![identity.certificate.clone()],
+            PrivateKeyDer::Pkcs8(identity.key.clone_key()),
+        )?;
+    tls.alpn_protocols = vec![ALPN.to_vec()];
+    let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+    config.transport_config(transport()?);
+    Ok(config)
+}
+
+/// Takes any certificate whose holder proves the key; the fingerprint is compared once the handshake is done.
+#[derive(Debug)]
+struct Pinned(Arc<rustls::crypto::CryptoProvider>);
+
+impl Pinned {
+    fn check(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+}
+
+fn no_tls12() -> rustls::Error {
+    rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls12NotOffered)
+}
+
+impl rustls::client::danger::ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        self.check(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl rustls::server::danger::ClientCertVerifier for Pinned {
+    fn root_hint_subjects(&self) -> &[rustls::DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<rustls::server::danger::ClientCertVerified, rustls::Error> {
+        Ok(rustls::server::danger::ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        self.check(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,395 @@
+//! From views, configuration and health to the [`Plan`] in force. No I/O: the control task feeds it and installs what it makes.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::Hasher as _;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use phalanx_flow::member::Liveness;
+use phalanx_flow::score::Scoring;
+use phalanx_flow::slots::{BackendTable, RankedBackend};
+use phalanx_flow::table::{BackupSite, RankedMember, RankingError, RowTable};
+use phalanx_flow::{BackendId, BackendIndex, FlowKey, FlowSeed, MemberId, MemberSlot, Row, flow_hash};
+use phalanx_forwarder::{Handoff, Plan, PlanBackend, PlanMember, PlanService, SlotSet};
+use phalanx_membership::{MemberState, View};
+use phalanx_rebalancer::{Ranking, Survivors};
+use siphasher::sip::SipHasher24;
+
+use super::next_hops::Destinations;
+use crate::config::ServiceConfig;
+
+/// SYNs in slots that changed are replicated at once for this long (design §4): as long as a client goes on repeating its SYN
+/// before it gives the connection up for the application to see.
+pub const UNSETTLED: Duration = Duration::from_secs(10);
+
+/// What does not change while the daemon runs.
+#[derive(Clone, Debug)]
+pub struct Fixed {
+    /// Our name.
+    pub local: MemberId,
+    /// Our data address: source of what we send to members and backends.
+    pub address: IpAddr,
+    /// Seed of the flow hash, and of the rankings.
+    pub seed: FlowSeed,
+    /// How members are ranked.
+    pub scoring: Scoring,
+    /// Number of rows.
+    pub rows: usize,
+    /// Where backups stand.
+    pub site_rule: BackupSite,
+    /// How packets are handed off.
+    pub handoff: Handoff,
+    /// `replicate = "syn"`.
+    pub replicate_syn: bool,
+}
+
+/// A row table as the rebalancer asks for it.
+#[derive(Clone)]
+pub struct TableRanking {
+    /// The table.
+    pub table: Arc<RowTable>,
+    seed: FlowSeed,
+}
+
+impl Ranking for TableRanking {
+    fn row_of(&self, key: &FlowKey) -> u32 {
+        self.table.row_function().row_of(key, flow_hash(self.seed, key))
+    }
+
+    fn holders(&self, row: u32) -> [Option<MemberId>; 2] {
+        if row >= self.row_count() {
+            return [None; 2];
+        }
+        let [owner, backup, _] = self.table.ranking(row);
+        [owner, backup]
+    }
+
+    fn row_count(&self) -> u32 {
+        self.table.row_count() as u32
+    }
+}
+
+/// A change of the row table: what transfers are computed from.
+pub struct TableChange {
+    /// Before.
+    pub old: Arc<TableRanking>,
+    /// From now on.
+    pub new: Arc<TableRanking>,
+    /// Who lives, and who has an empty flow table.
+    pub survivors: Survivors,
+    /// Whether somebody who owned rows has left.
+    pub departed: bool,
+}
+
+struct ServicePlan {
+    config: ServiceConfig,
+    table: BackendTable,
+    slots: Arc<[BackendIndex]>,
+    unsettled: Option<(Arc<SlotSet>, Instant)>,
+}
+
+/// Builds plans. See the module's doc.
+pub struct Planner {
+    fixed: Fixed,
+    services: Vec<ServicePlan>,
+    backends: Vec<PlanBackend>,
+    backend_indexes: HashMap<BackendId, BackendIndex>,
+    members: Vec<PlanMember>,
+    current: Arc<TableRanking>,
+    rows: Arc<[Row]>,
+    previous: Option<(Arc<TableRanking>, Arc<[Row]>)>,
+    boots: BTreeMap<MemberId, u64>,
+    view_digest: u64,
+}
+
+impl Planner {
+    /// A planner that knows nobody but the local member, and no backend.
+    pub fn new(fixed: Fixed) -> Result<Self, RankingError> {
+        let table = RowTable::new(fixed.scoring, fixed.rows, fixed.site_rule, &[])?;
+        let rows: Arc<[Row]> = table.to_rows(|_| MemberSlot::NONE).into();
+        let local = PlanMember { id: fixed.local, address: fixed.address, liveness: Liveness::Alive };
+        Ok(Self {
+            current: Arc::new(TableRanking { table: Arc::new(table), seed: fixed.seed }),
+            fixed,
+            services: Vec::new(),
+            backends: Vec::new(),
+            backend_indexes: HashMap::new(),
+            members: vec![local],
+            rows,
+            previous: None,
+            boots: BTreeMap::new(),
+            view_digest: 0,
+        })
+    }
+
+    /// Takes over a view. `Some` if who owns what changed, or if somebody lost its flow table.
+    ///
+    /// The old table stays as the previous one: the handover window is open until [`Self::close_window`].
+    pub fn set_view(&mut self, view: &View) -> Result<Option<TableChange>, RankingError> {
+        for member in &mut self.members {
+            member.liveness = Liveness::Down;
+        }
+        for member in &view.members {
+            let at = match self.members.iter().position(|known| known.id == member.id) {
+                Some(at) => at,
+                None => {
+                    let new =
+                        PlanMember { id: member.id, address: member.address.ip(), liveness: Liveness::Down };
+                    self.members.push(new);
+                    self.members.len() - 1
+                }
+            };
+            self.members[at].address = member.address.ip();
+            self.members[at].liveness = member.liveness;
+        }
+        self.view_digest = view.digest.0;
+
+        let ranked: Vec<RankedMember> = view
+            .ranked()
+            .map(|member| RankedMember {
+                id: member.id,
+                weight: member.metadata.weight,
+                site: site_number(&member.metadata.site),
+            })
+            .collect();
+        let boots: BTreeMap<MemberId, u64> =
+            view.ranked().map(|member| (member.id, member.boot)).collect();
+        let old_members = self.current.table.members();
+        if same_members(&old_members, &ranked) && boots == self.boots {
+            return Ok(None);
+        }
+        let live: BTreeSet<MemberId> = view.members.iter().map(|member| member.id).collect();
+        let blank = boots.iter().filter(|(id, boot)| self.boots.get(id) != Some(boot)).map(|(id, _)| *id);
+        let first = self.boots.is_empty();
+        let survivors = Survivors { live, blank: blank.collect() };
+        let departed = old_members.iter().any(|old| !ranked.iter().any(|member| member.id == old.id));
+
+        let mut table = RowTable::clone(&self.current.table);
+        let old = if first {
+            // We have just come: what was before us is everybody else's table.
+            let others: Vec<RankedMember> =
+                ranked.iter().copied().filter(|member| member.id != self.fixed.local).collect();
+            table.set_members(&others)?;
+            Arc::new(TableRanking { table: Arc::new(table.clone()), seed: self.fixed.seed })
+        } else {
+            Arc::clone(&self.current)
+        };
+        table.set_members(&ranked)?;
+        self.boots = boots;
+        self.current = Arc::new(TableRanking { table: Arc::new(table), seed: self.fixed.seed });
+        self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
+        let old_rows = old.table.to_rows(|id| self.slot_of(id)).into();
+        self.previous = (!old.table.members().is_empty()).then(|| (Arc::clone(&old), old_rows));
+        // A newcomer's own idea of who was blank before it came is wrong: only it is.
+        let survivors = if first {
+            Survivors { blank: BTreeSet::from([self.fixed.local]), ..survivors }
+        } else {
+            survivors
+        };
+        Ok(Some(TableChange { old, new: Arc::clone(&self.current), survivors, departed }))
+    }
+
+    /// Ends the handover window.
+    pub fn close_window(&mut self) {
+        self.previous = None;
+    }
+
+    /// The table before, while the handover window is open.
+    pub fn previous(&self) -> Option<Arc<TableRanking>> {
+        self.previous.as_ref().map(|(ranking, _)| Arc::clone(ranking))
+    }
+
+    /// The table in force.
+    pub fn current(&self) -> Arc<TableRanking> {
+        Arc::clone(&self.current)
+    }
+
+    /// Takes over the services of a configuration; tables of services that stay are kept, until [`Self::set_usable`] says otherwise.
+    pub fn set_services(&mut self, configs: &[ServiceConfig]) {
+        let mut old: Vec<ServicePlan> = std::mem::take(&mut self.services);
+        for config in configs {
+            let kept = old.iter().position(|plan| {
+                (plan.config.address, plan.config.port, plan.config.protocol)
+                    == (config.address, config.port, config.protocol)
+            });
+            let plan = match kept {
+                Some(at) => ServicePlan { config: config.clone(), ..old.swap_remove(at) },
+                None => {
+                    let table = BackendTable::new(service_key(self.fixed.seed, config), &[]);
+                    let slots = table.to_indexes(|_| BackendIndex::NONE).into();
+                    ServicePlan { config: config.clone(), table, slots, unsettled: None }
+                }
+            };
+            self.services.push(plan);
+            for backend in &config.backends {
+                self.register(config.backend_id(backend));
+            }
+        }
+    }
+
+    /// The services in force.
+    pub fn services(&self) -> impl Iterator<Item = &ServiceConfig> {
+        self.services.iter().map(|plan| &plan.config)
+    }
+
+    /// The slots of a service that would change if these were its backends.
+    pub fn slots_that_would_change(&self, service: usize, usable: &[RankedBackend]) -> Option<SlotSet> {
+        let plan = &self.services[service];
+        let mut table = plan.table.clone();
+        table.set_backends(usable);
+        let mut changed = plan.table.changed_slots(&table).peekable();
+        changed.peek()?;
+        Some(SlotSet::new(changed))
+    }
+
+    /// Makes these the backends that new flows of a service go to. Slots that change are unsettled for [`UNSETTLED`] from `now`.
+    pub fn set_usable(&mut self, service: usize, usable: &[RankedBackend], now: Instant) {
+        let Some(changed) = self.slots_that_would_change(service, usable) else { return };
+        for backend in usable {
+            self.register(backend.id);
+        }
+        let indexes = &self.backend_indexes;
+        let plan = &mut self.services[service];
+        plan.table.set_backends(usable);
+        plan.slots =
+            plan.table.to_indexes(|id| indexes.get(id).copied().unwrap_or(BackendIndex::NONE)).into();
+        let mut unsettled = changed;
+        if let Some((still, until)) = &plan.unsettled
+            && *until > now
+        {
+            for (word, other) in unsettled.0.iter_mut().zip(still.0.iter()) {
+                *word |= other;
+            }
+        }
+        plan.unsettled = Some((Arc::new(unsettled), now + UNSETTLED));
+    }
+
+    /// Forgets unsettled slots whose time is over; whether there were any.
+    pub fn settle(&mut self, now: Instant) -> bool {
+        let mut settled = false;
+        for plan in &mut self.services {
+            if plan.unsettled.as_ref().is_some_and(|(_, until)| *until <= now) {
+                plan.unsettled = None;
+                settled = true;
+            }
+        }
+        settled
+    }
+
+    /// Gives a backend a position, ours or another member's; whether it is new.
+    pub fn register(&mut self, id: BackendId) -> bool {
+        if self.backend_indexes.contains_key(&id) {
+            return false;
+        }
+        let index = BackendIndex(self.backends.len() as u32);
+        // Of the other family there is no address of ours to name: the tunnel then has the unspecified one, which backends take.
+        let source = match (id.ip(), self.fixed.address) {
+            (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => self.fixed.address,
+            (IpAddr::V4(_), _) => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+            (IpAddr::V6(_), _) => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+        };
+        self.backends.push(PlanBackend { id, source });
+        self.backend_indexes.insert(id, index);
+        true
+    }
+
+    /// The backend the consistent table gives for a flow, and the flow's service.
+    pub fn consistent(&self, key: &FlowKey) -> Option<(&ServiceConfig, Option<BackendId>)> {
+        let plan = self.services.iter().find(|plan| {
+            plan.config.address == key.destination_address()
+                && plan.config.port == u16::from_be_bytes(key.destination_port)
+                && plan.config.protocol.number() == key.protocol
+        })?;
+        let slot = flow_hash(self.fixed.seed, key) as u16;
+        Some((&plan.config, plan.table.best(slot)))
+    }
+
+    /// Our slot of a service's table for a flow.
+    pub fn slot(&self, key: &FlowKey) -> u16 {
+        flow_hash(self.fixed.seed, key) as u16
+    }
+
+    /// The plan to install now.
+    pub fn plan(&self) -> Plan {
+        Plan {
+            local: self.slot_of(self.fixed.local),
+            seed: self.fixed.seed,
+            row_function: self.current.table.row_function(),
+            members: self.members.clone(),
+            rows: Arc::clone(&self.rows),
+            previous: self.previous.as_ref().map(|(_, rows)| Arc::clone(rows)),
+            view_digest: self.view_digest,
+            handoff: self.fixed.handoff,
+            services: self.services.iter().map(|plan| self.plan_service(plan)).collect(),
+            backends: self.backends.clone(),
+        }
+    }
+
+    /// Whom the next-hop driver has to resolve for this plan.
+    pub fn destinations(&self) -> Destinations {
+        Destinations {
+            members: self.members.iter().map(|member| member.address).collect(),
+            backends: self.backends.iter().map(|backend| backend.id.ip()).collect(),
+        }
+    }
+
+    fn plan_service(&self, plan: &ServicePlan) -> PlanService {
+        let config = &plan.config;
+        PlanService {
+            address: config.address,
+            port: config.port,
+            protocol: config.protocol.number(),
+            slots: Arc::clone(&plan.slots),
+            unsettled: plan.unsettled.as_ref().map(|(set, _)| Arc::clone(set)),
+            idle: config.idle_timeout,
+            linger: config.linger,
+            reset_linger: config.reset_linger,
+            half_open: config.half_open_timeout,
+            replicate_syn: self.fixed.replicate_syn,
+            fragment: config.fragment,
+        }
+    }
+
+    fn slot_of(&self, id: MemberId) -> MemberSlot {
+        self.members
+            .iter()
+            .position(|member| member.id == id)
+            .map_or(MemberSlot::NONE, |at| MemberSlot(at as u16))
+    }
+
+    /// A member's position in the plan.
+    pub fn member_slot(&self, id: MemberId) -> MemberSlot {
+        self.slot_of(id)
+    }
+}
+
+fn same_members(old: &[RankedMember], new: &[RankedMember]) -> bool {
+    old.len() == new.len() && old.iter().all(|member| new.contains(member))
+}
+
+/// A site's number: only equality counts, and every member must find the same.
+fn site_number(site: &str) -> u32 {
+    let mut hasher = SipHasher24::new();
+    hasher.write(site.as_bytes());
+    hasher.finish() as u32
+}
+
+/// The ranking key of a service's backends: each service ranks them anew, every member alike.
+fn service_key(seed: FlowSeed, config: &ServiceConfig) -> [u64; 2] {
+    let [k0, k1] = seed.0;
+    let part = |salt: u8| {
+        let mut hasher = SipHasher24::new_with_keys(k0, k1);
+        hasher.write_u8(salt);
+        hasher.write(&phalanx_flow::key::octets(config.address).0);
+        hasher.write(&config.port.to_be_bytes());
+        hasher.write_u8(config.protocol.number());
+        hasher.finish()
+    };
+    [part(1), part(2)]
+}
+
+/// What memberships say of a member whose state is not active or leaving counts as joining.
+pub fn is_active(state: MemberState) -> bool {
+    matches!(state, MemberState::Active)
+}

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use phalanx_flow::hash::RowFunction;
 use phalanx_flow::member::Liveness;
-use phalanx_flow::score::RowFunction;
 use phalanx_flow::{BackendId, BackendIndex, FlowSeed, MemberId, MemberSlot, Row};
 
 /// Slots of every service's backend table (2^16): the low 16 bits of the flow hash.

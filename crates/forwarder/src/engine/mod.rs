@@ -13,9 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use phalanx_flow::decide::{
-    Action, Choice, Decision, HandOff, Local, Outcome, Service, ServiceMatch, Tables, decide,
-};
+use phalanx_flow::decide::{Action, Choice, Decision, HandOff, Local, Service, ServiceMatch, Tables, decide};
 use phalanx_flow::member::Liveness;
 use phalanx_flow::packet::Packet;
 use phalanx_flow::{
@@ -60,7 +58,7 @@ impl CompiledPlan {
         if usize::from(plan.local.0) >= plan.members.len() {
             return wrong("the local member is not in it");
         }
-        if plan.rows.len() != plan.row_function.row_count() {
+        if plan.rows.len() != plan.row_function.row_count() as usize {
             return wrong("the current table has another number of rows than the row function gives");
         }
         if plan.previous.as_ref().is_some_and(|previous| previous.len() != plan.rows.len()) {

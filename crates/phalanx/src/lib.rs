@@ -3,5 +3,6 @@
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod keys;
 pub mod logging;

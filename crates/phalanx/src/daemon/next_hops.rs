@@ -67,7 +67,9 @@ impl NextHopDriver {
                 let mut due = Instant::now();
                 while !stop.load(Ordering::Relaxed) {
                     let changed = match monitor.wait(WAIT) {
-                        Ok(changes) => changes.links || changes.addresses || changes.routes || changes.neighbours,
+                        Ok(changes) => {
+                            changes.links || changes.addresses || changes.routes || changes.neighbours
+                        }
                         Err(error) => {
                             tracing::warn!("watching routes and neighbours: {error}");
                             std::thread::sleep(RETRY);

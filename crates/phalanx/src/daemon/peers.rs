@@ -134,8 +134,9 @@ impl Peers {
         address: SocketAddr,
         events: mpsc::UnboundedSender<PeerEvent>,
     ) -> anyhow::Result<Self> {
-        let mut endpoint = quinn::Endpoint::server(server_config(identity)?, address)
-            .with_context(|| format!("listen for QUIC on {address} (member.address, cluster.transfer_port)"))?;
+        let mut endpoint = quinn::Endpoint::server(server_config(identity)?, address).with_context(|| {
+            format!("listen for QUIC on {address} (member.address, cluster.transfer_port)")
+        })?;
         endpoint.set_default_client_config(client_config(identity)?);
         let shared = Arc::new(Shared {
             endpoint,
@@ -342,7 +343,10 @@ fn server_config(identity: &Identity) -> anyhow::Result<quinn::ServerConfig> {
     let mut tls = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(Pinned(provider())))
-        .with_single_cert(vec![identity.certificate.clone()], PrivateKeyDer::Pkcs8(identity.key.clone_key()))?;
+        .with_single_cert(
+            vec![identity.certificate.clone()],
+            PrivateKeyDer::Pkcs8(identity.key.clone_key()),
+        )?;
     tls.alpn_protocols = vec![ALPN.to_vec()];
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     config.transport_config(transport()?);

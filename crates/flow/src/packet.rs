@@ -5,6 +5,8 @@
 mod parse;
 mod reader;
 #[cfg(test)]
+pub(crate) mod samples;
+#[cfg(test)]
 mod tests;
 
 pub(crate) use parse::{ETHERTYPE_IPV4, ETHERTYPE_IPV6};

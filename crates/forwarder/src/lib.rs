@@ -119,8 +119,9 @@ pub trait Forwarder: Send + Sync {
     /// One answer a record, in order.
     fn upsert(&self, records: &[Record]) -> Vec<Upserted>;
 
-    /// Removes flows whose entry has the given birth (any birth if it is 0).
-    fn remove(&self, flows: &[(FlowKey, u64)]);
+    /// Removes a flow if its entry has this birth (any birth if it is 0) and no packet of it was seen for `min_idle`.
+    /// Whether it was removed.
+    fn remove(&self, key: &FlowKey, birth: u64, min_idle: Duration) -> bool;
 
     /// Gives an entry that has no birth yet its birth. Whether there was one.
     fn stamp(&self, key: &FlowKey, birth: u64) -> bool;

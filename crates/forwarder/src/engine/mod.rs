@@ -489,11 +489,17 @@ impl Engine {
     }
 
     /// See [`crate::Forwarder::remove`].
-    pub fn remove(&self, flows: &[(FlowKey, u64)]) {
-        for (key, birth) in flows {
-            let hash = self.hash(key);
-            self.table.shard(hash).remove(hash, key, *birth);
+    pub fn remove(&self, key: &FlowKey, birth: u64, min_idle: Duration) -> bool {
+        let hash = self.hash(key);
+        let seen_before_ms = self.now_ms().saturating_sub(min_idle.as_millis() as u64);
+        let mut shard = self.table.shard(hash);
+        let over = shard.get(hash, key).is_some_and(|entry| {
+            (birth == 0 || entry.birth == birth) && entry.last_seen_ms <= seen_before_ms
+        });
+        if over {
+            shard.remove(hash, key);
         }
+        over
     }
 
     /// See [`crate::Forwarder::stamp`].

@@ -134,12 +134,9 @@ impl Shard {
         if evicted { Put::Evicted } else { Put::Done }
     }
 
-    pub(crate) fn remove(&mut self, hash: u64, key: &FlowKey, birth: u64) -> Option<FlowEntry> {
+    pub(crate) fn remove(&mut self, hash: u64, key: &FlowKey) -> Option<FlowEntry> {
         for table in [&mut self.flows, &mut self.half_open] {
             if let Ok(found) = table.find_entry(hash, |slot| slot.0 == *key) {
-                if birth != 0 && found.get().2.birth != birth {
-                    return None;
-                }
                 return Some(found.remove().0.2);
             }
         }

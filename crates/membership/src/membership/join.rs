@@ -1,0 +1,381 @@
+//! Finding the others: hellos, welcomes, refusals, cold start, and coming back after a time apart.
+
+use std::{
+    collections::VecDeque,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use foca::State;
+use phalanx_flow::MemberId;
+use rand::RngExt;
+
+use super::{Membership, Task};
+use crate::{
+    config::SharedField,
+    event::{Event, Warning},
+    identity::Identity,
+    item::MemberState,
+    seal::{Opened, SEAL_OVERHEAD, Unopened},
+    wire::{Control, Greeting, KIND_CONTROL, KIND_FOCA, KnownAs, MAX_DATAGRAM_BYTES, PREFIX_BYTES, Refusal},
+};
+
+/// Hellos whose answers are believed: an answer comes within a round trip, and a hello goes out twice a second at most.
+const NONCES_KEPT: usize = 8;
+
+/// Most datagrams of items in answer to one hello: enough for some hundred members; push-pull brings the rest.
+const MAX_STATE_DATAGRAMS: usize = 16;
+
+/// Most former members that are tried while alone, beside the seeds.
+const ACQUAINTANCES_TRIED: usize = 3;
+
+/// A joiner that was refused does not turn active alone for this long: the cluster it should be in is there.
+const REFUSAL_HOLDS: Duration = Duration::from_secs(10);
+
+/// How long a joiner waits for the metadata of members it has heard of, before it goes ahead without.
+const METADATA_WAIT: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Default)]
+pub(super) struct Joining {
+    nonces: VecDeque<u64>,
+    met_active: Option<Instant>,
+    refused: Option<Instant>,
+    told: Option<Refusal>,
+    id_in_use_since: Option<Instant>,
+    pub(super) may_answer_stale: bool,
+}
+
+impl Membership {
+    /// Opens a datagram and gives it to whom it is for.
+    pub(super) fn receive(&mut self, now: Instant, from: SocketAddr, datagram: &[u8]) {
+        match self.seal.open(datagram) {
+            Ok(opened) => self.receive_opened(now, from, opened),
+            Err(Unopened::Foreign) => self.counters.foreign += 1,
+            Err(Unopened::Damaged) => self.counters.damaged += 1,
+            Err(Unopened::Replayed) => self.counters.replayed += 1,
+            Err(Unopened::Stale { sender, newest }) => {
+                self.counters.stale += 1;
+                // At most one a tick, so that replayed datagrams cannot make us talk.
+                if sender != self.config.id && std::mem::take(&mut self.joining.may_answer_stale) {
+                    self.send_control(from, &Control::Stale { newest });
+                }
+            }
+        }
+    }
+
+    fn receive_opened(&mut self, now: Instant, from: SocketAddr, mut opened: Opened) {
+        let sender = opened.life.sender;
+        if opened.life == self.seal.sealer.life() {
+            self.counters.own += 1;
+            return;
+        }
+        let plain = std::mem::take(&mut opened.plain);
+        let Some((prefix, body)) = plain.split_first_chunk::<PREFIX_BYTES>() else {
+            self.counters.damaged += 1;
+            return;
+        };
+        let [kind, digest @ ..] = *prefix;
+        if self.id_in_use(sender, from, opened.is_new_life) {
+            self.counters.refused += 1;
+            if let (KIND_CONTROL, Ok(Control::Hello(hello))) = (kind, postcard::from_bytes(body)) {
+                let at = self.view.get(sender).map_or(self.config.address, |member| member.address);
+                let (nonce, by, reason) = (hello.nonce, self.config.id, Refusal::IdInUse(at));
+                self.send_control(from, &Control::Refused { nonce, by, reason });
+            }
+            return;
+        }
+        self.seal.accept(&mut opened);
+        match kind {
+            // Who is a member stays one while a change is rolled out; who is not is refused when it says hello.
+            KIND_FOCA if u64::from_be_bytes(digest) != self.shared_digest.0 && !self.is_member(sender) => {
+                self.counters.refused += 1;
+            }
+            KIND_FOCA => {
+                if !self.drive(now, |swim, io| swim.handle_data(body, io)) {
+                    self.counters.damaged += 1;
+                }
+            }
+            KIND_CONTROL => match postcard::from_bytes(body) {
+                Ok(control) => self.control(now, sender, control),
+                Err(_) => self.counters.damaged += 1,
+            },
+            _ => self.counters.damaged += 1,
+        }
+    }
+
+    /// Whether a datagram comes from a second process with the id of a live member, or with ours.
+    fn id_in_use(&self, sender: MemberId, from: SocketAddr, is_new_life: bool) -> bool {
+        if sender == self.config.id {
+            return true;
+        }
+        // A restart that moved looks the same until the member it was is suspected.
+        is_new_life && self.view.get(sender).is_some_and(|member| member.address != from && !member.suspected)
+    }
+
+    fn control(&mut self, now: Instant, sender: MemberId, control: Control) {
+        match control {
+            Control::Hello(hello) if hello.identity.id == sender => self.handle_hello(now, &hello),
+            Control::Welcome(welcome) if welcome.identity.id == sender => {
+                self.handle_welcome(now, &welcome);
+            }
+            Control::Hello(_) | Control::Welcome(_) => self.counters.damaged += 1,
+            Control::Refused { nonce, by, reason } => self.handle_refused(now, nonce, by, reason),
+            Control::State(list) => {
+                let mut items = self.board.lock();
+                let bad = list.iter().filter(|item| items.receive(item, false).is_err()).count();
+                drop(items);
+                self.counters.damaged += u64::from(bad > 0);
+            }
+            Control::Stale { newest } => self.outlive(now, newest),
+        }
+    }
+
+    fn handle_hello(&mut self, now: Instant, hello: &Greeting) {
+        let peer = hello.identity;
+        if let Some(field) = self.difference(hello) {
+            if self.is_member(peer.id) {
+                self.warn_shared(peer.id, field);
+            } else {
+                self.counters.refused += 1;
+                // Of two joiners that differ, the one with the higher id gives way.
+                if self.state != MemberState::Joining || self.config.id < peer.id {
+                    let (nonce, by, reason) = (hello.nonce, self.config.id, Refusal::Differs(field));
+                    self.send_control(peer.address, &Control::Refused { nonce, by, reason });
+                }
+                return;
+            }
+        }
+        self.heed(now, hello.you);
+        let welcome = Control::Welcome(self.greeting(hello.nonce, peer.address, Some(peer.id)));
+        self.send_control(peer.address, &welcome);
+        if hello.state == MemberState::Joining || !self.is_member(peer.id) {
+            self.send_state(peer.address);
+        }
+    }
+
+    fn handle_welcome(&mut self, now: Instant, welcome: &Greeting) {
+        if !self.joining.nonces.contains(&welcome.nonce) {
+            self.counters.stale += 1;
+            return;
+        }
+        if let Some(field) = self.difference(welcome) {
+            if !self.is_member(welcome.identity.id) {
+                return;
+            }
+            self.warn_shared(welcome.identity.id, field);
+        }
+        self.heed(now, welcome.you);
+        let known = self.swim.0.iter_members().any(|member| *member.id() == welcome.identity);
+        if !known {
+            self.drive(now, |swim, io| swim.announce(welcome.identity, io));
+        }
+    }
+
+    fn handle_refused(&mut self, now: Instant, nonce: u64, by: MemberId, reason: Refusal) {
+        if !self.joining.nonces.contains(&nonce) {
+            self.counters.stale += 1;
+            return;
+        }
+        self.joining.refused = Some(now);
+        if self.state != MemberState::Joining {
+            if let Refusal::Differs(field) = reason {
+                self.warn_shared(by, field);
+            }
+            return;
+        }
+        if let Refusal::IdInUse(_) = reason {
+            // It may be ourselves before a restart, under another address, about to be confirmed down.
+            let since = *self.joining.id_in_use_since.get_or_insert(now);
+            if now.saturating_duration_since(since) < self.config.timing.confirm_after * 2 {
+                return;
+            }
+        }
+        if self.joining.told != Some(reason) {
+            self.joining.told = Some(reason);
+            self.events.push_back(Event::Refused { by, reason });
+        }
+    }
+
+    /// Says hello to the seeds that are not members, or to somebody, so that islands find each other.
+    pub(super) fn hello(&mut self, now: Instant) {
+        let alone = self.swim.0.num_members() == 0;
+        let joining = self.state == MemberState::Joining;
+        let own = self.config.address;
+        let member_at =
+            |address: &SocketAddr| self.view.members.iter().any(|member| member.address == *address);
+        let mut targets: Vec<_> = self
+            .config
+            .seeds
+            .iter()
+            .filter(|seed| **seed != own && (alone || !member_at(seed)))
+            .copied()
+            .collect();
+        let pick = |rng: &mut rand::rngs::StdRng, from: &[SocketAddr]| match from.len() {
+            0 => None,
+            length => Some(from[rng.random_range(0..length)]),
+        };
+        if alone {
+            let former: Vec<_> = self.acquaintances.values().copied().filter(|at| *at != own).collect();
+            for _ in 0..ACQUAINTANCES_TRIED {
+                targets.extend(pick(&mut self.rng, &former));
+            }
+        } else {
+            // Not alone: one absent seed is enough at a time; a joiner also asks a member, for the items it lacks.
+            targets = pick(&mut self.rng, &targets).into_iter().collect();
+            if joining || targets.is_empty() {
+                let members: Vec<_> =
+                    self.view.members.iter().map(|member| member.address).filter(|at| *at != own).collect();
+                targets.extend(pick(&mut self.rng, &members));
+            }
+        }
+        targets.sort_unstable();
+        targets.dedup();
+
+        let nonce = self.rng.random();
+        self.joining.nonces.push_back(nonce);
+        if self.joining.nonces.len() > NONCES_KEPT {
+            self.joining.nonces.pop_front();
+        }
+        for target in targets {
+            let hello = Control::Hello(self.greeting(nonce, target, None));
+            self.send_control(target, &hello);
+        }
+        let timing = &self.config.timing;
+        let interval = if alone || joining { timing.hello_alone } else { timing.hello_settled };
+        let next = self.jitter(interval);
+        self.schedule(now + next, Task::Hello);
+    }
+
+    fn greeting(&self, nonce: u64, to: SocketAddr, id: Option<MemberId>) -> Greeting {
+        let you = self
+            .swim
+            .0
+            .iter_membership_state()
+            .find(|member| id.map_or(member.id().address == to, |id| member.id().id == id))
+            .map(|member| KnownAs {
+                boot: member.id().boot,
+                generation: member.id().generation,
+                down: member.state() == State::Down,
+            });
+        Greeting {
+            nonce,
+            identity: self.identity(),
+            state: self.state,
+            shared: self.config.shared.clone(),
+            timing: self.timing_digest,
+            you,
+        }
+    }
+
+    fn send_state(&mut self, to: SocketAddr) {
+        const ROOM: usize = MAX_DATAGRAM_BYTES - SEAL_OVERHEAD - PREFIX_BYTES - 8;
+        let mut batches = vec![Vec::new()];
+        let mut room = ROOM;
+        let items = self.board.lock();
+        for item in items.iter().filter(|item| self.view.get(item.head.id).is_some()) {
+            // Each is preceded by its length, two bytes at most.
+            let length = item.bytes.len() + 2;
+            if length > room {
+                if batches.len() == MAX_STATE_DATAGRAMS {
+                    break;
+                }
+                batches.push(Vec::new());
+                room = ROOM;
+            }
+            room = room.saturating_sub(length);
+            if let Some(batch) = batches.last_mut() {
+                batch.push(item.bytes.to_vec());
+            }
+        }
+        drop(items);
+        for batch in batches {
+            self.send_control(to, &Control::State(batch));
+        }
+    }
+
+    fn difference(&self, greeting: &Greeting) -> Option<SharedField> {
+        let timing = (greeting.timing != self.timing_digest).then_some(SharedField::Timing);
+        self.config.shared.first_difference(&greeting.shared).or(timing)
+    }
+
+    fn warn_shared(&mut self, id: MemberId, field: SharedField) {
+        if self.warned_shared.insert(id, field) != Some(field) {
+            self.events.push_back(Event::Warning(Warning::SharedDiffers { id, field }));
+        }
+    }
+
+    /// Renews our identity if what a peer knows of us would win over it or is down.
+    fn heed(&mut self, now: Instant, you: Option<KnownAs>) {
+        let Some(you) = you else { return };
+        let own = self.identity();
+        let same_boot = you.boot == own.boot
+            && (you.generation > own.generation || you.down && you.generation == own.generation);
+        if same_boot {
+            self.counters.renewals += 1;
+            self.change_identity(now, own.renewed_beyond(you.generation));
+        } else if you.boot > own.boot && self.state == MemberState::Joining {
+            // Our clock ran backwards: an earlier start had a higher boot.
+            self.config.boot = you.boot.saturating_add(1);
+            self.change_identity(now, Identity { boot: self.config.boot, generation: 0, ..own });
+            self.publish(now);
+        }
+    }
+
+    /// Continues above a session of ours that others have seen.
+    pub(super) fn outlive(&mut self, now: Instant, newest: u64) {
+        if newest > self.seal.sealer.life().session {
+            self.seal.set_session(newest.saturating_add(1));
+            self.publish(now);
+            // What was sent under the old session was dropped.
+            self.hello_soon(now);
+        }
+    }
+
+    fn hello_soon(&mut self, now: Instant) {
+        let known = self.tasks.iter().find(|(_, task)| matches!(task, Task::Hello)).map(|(key, _)| *key);
+        if let Some(key) = known {
+            self.tasks.remove(&key);
+        }
+        self.schedule(now, Task::Hello);
+    }
+
+    /// Turns active if it is time to; whether anything changed.
+    pub(super) fn step(&mut self, now: Instant) -> bool {
+        if self.state != MemberState::Joining
+            || self.config.hold_joining
+            || self.frozen.is_some()
+            || self.departed
+        {
+            return false;
+        }
+        let own = self.config.id;
+        let others = || self.view.members.iter().filter(|member| member.id != own);
+        let all_known = others().all(|member| member.known);
+        if others().any(|member| member.known && member.state != MemberState::Joining) {
+            if self.joining.met_active.is_none() {
+                self.joining.met_active = Some(now);
+                self.wish_push_pull();
+            }
+            let met = self.joining.met_active.unwrap_or(now);
+            if all_known || now.saturating_duration_since(met) >= METADATA_WAIT {
+                self.enter(now, MemberState::Active);
+                return true;
+            }
+            return false;
+        }
+        self.joining.met_active = None;
+        let waited = now.saturating_duration_since(self.started);
+        let wait = self.config.bootstrap_wait;
+        let refused = self
+            .joining
+            .refused
+            .is_some_and(|at| now.saturating_duration_since(at) < REFUSAL_HOLDS.max(wait));
+        // Who has not said yet may be active: it is given as long again.
+        let lowest = others().all(|member| member.id > own);
+        if refused || waited < wait || !all_known && waited < wait * 2 || !lowest {
+            return false;
+        }
+        self.enter(now, MemberState::Active);
+        true
+    }
+}

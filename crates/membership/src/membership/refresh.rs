@@ -1,0 +1,181 @@
+//! From foca's state and the members' items to a view, and from one view to the next.
+
+use std::{cmp::Ordering, sync::Arc, time::Instant};
+
+use foca::State;
+use phalanx_flow::{MemberId, member::Liveness};
+
+use super::{ECHO_LOSSES, Membership, swim};
+use crate::{
+    config::Digest,
+    event::{DownReason, Event, Warning},
+    identity::Identity,
+    item::{Items, MemberState, Metadata},
+    view::{MemberView, View},
+};
+
+impl Membership {
+    /// Brings the view, the lease and our own state up to date. Every input ends here.
+    pub(super) fn settle(&mut self, now: Instant) {
+        let outlived_by = self.board.lock().take_outlived_by();
+        if let Some(session) = outlived_by {
+            self.outlive(now, session);
+        }
+        // Each round is caused by a change of our own state, of which there are three.
+        for _ in 0..3 {
+            self.refresh(now);
+            if !self.step(now) {
+                break;
+            }
+        }
+        // Nobody else knows of anything: nobody else will own what we own.
+        if self.view.members.len() == 1 && self.state == MemberState::Active && self.frozen.is_none() {
+            self.lease = Some(now + self.config.timing.lease);
+        }
+    }
+
+    fn refresh(&mut self, now: Instant) {
+        let signature = swim::signature(&self.swim.0);
+        let items_changed = self.board.lock().take_changed();
+        if signature == self.signature && !items_changed && !self.rebuild {
+            return;
+        }
+        let had_others = self.view.members.len() > 1;
+        self.signature = signature;
+        self.rebuild = false;
+        if had_others && self.swim.0.num_members() == 0 && !self.departed {
+            self.forget_everyone();
+            self.rebuild = false;
+            self.signature = swim::signature(&self.swim.0);
+        }
+        let view = self.build();
+        let old = std::mem::replace(&mut self.view, view);
+        self.tell(&old);
+        if old.digest != self.view.digest {
+            self.events.push_back(Event::ViewChanged(self.view.digest));
+            // So that the others learn who has switched.
+            self.publish_soon = true;
+            self.publish_if_due(now);
+        }
+        if self.view.distrusts_itself && !old.distrusts_itself {
+            self.events.push_back(Event::Warning(Warning::DistrustsItself));
+        }
+        self.compare_backends();
+    }
+
+    fn build(&self) -> View {
+        let own = self.identity();
+        let items = self.board.lock();
+        let mut members = Vec::with_capacity(self.swim.0.num_members() + 1);
+        members.push(self.member_view(&items, &own, false));
+        for member in self.swim.0.iter_membership_state() {
+            if member.state() != State::Down && member.id().id != own.id {
+                members.push(self.member_view(&items, member.id(), member.state() == State::Suspect));
+            }
+        }
+        View::new(members, own.id)
+    }
+
+    fn member_view(&self, items: &Items, identity: &Identity, suspected: bool) -> MemberView {
+        // What an earlier boot said of itself is no word on this one.
+        let item = items.get(identity.id).filter(|item| item.head.boot == identity.boot);
+        MemberView {
+            id: identity.id,
+            address: identity.address,
+            boot: identity.boot,
+            generation: identity.generation,
+            state: item.map_or(MemberState::Joining, |item| item.state),
+            metadata: item.map_or_else(|| Arc::new(Metadata::default()), |item| Arc::clone(&item.metadata)),
+            known: item.is_some(),
+            view_digest: item.map_or(Digest(0), |item| item.view_digest),
+            liveness: Liveness::Alive,
+            suspected,
+            echo_failing: self.echo_losses.get(&identity.id).is_some_and(|losses| *losses >= ECHO_LOSSES),
+        }
+    }
+
+    /// Tells what is different from the `old` view. Both are sorted by id.
+    fn tell(&mut self, old: &View) {
+        let own = self.config.id;
+        let (mut before, mut after) = (old.members.iter().peekable(), self.view.members.iter().peekable());
+        let mut gone = Vec::new();
+        loop {
+            let order = match (before.peek(), after.peek()) {
+                (Some(before), Some(after)) => before.id.cmp(&after.id),
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (None, None) => break,
+            };
+            let before = if order.is_le() { before.next() } else { None };
+            let after = if order.is_ge() { after.next() } else { None };
+            match (before, after) {
+                (Some(before), None) => {
+                    let reason = if before.state == MemberState::Leaving {
+                        DownReason::Left
+                    } else {
+                        self.counters.confirmations += 1;
+                        DownReason::Confirmed
+                    };
+                    self.events.push_back(Event::MemberDown { id: before.id, reason });
+                    gone.push(before.id);
+                }
+                (None, Some(after)) if after.id != own => {
+                    self.acquaintances.insert(after.id, after.address);
+                    self.events.push_back(Event::MemberUp(after.id));
+                    if after.liveness == Liveness::Suspect {
+                        self.counters.suspicions += 1;
+                        self.events.push_back(Event::Liveness { id: after.id, liveness: Liveness::Suspect });
+                    }
+                }
+                (Some(before), Some(after)) if after.id != own => {
+                    if before.boot != after.boot {
+                        let reason = DownReason::Restarted;
+                        self.events.push_back(Event::MemberDown { id: before.id, reason });
+                        self.events.push_back(Event::MemberUp(after.id));
+                    } else if differs(before, after) {
+                        self.events.push_back(Event::MemberChanged(after.id));
+                    }
+                    if before.address != after.address {
+                        self.acquaintances.insert(after.id, after.address);
+                    }
+                    if before.liveness != after.liveness {
+                        self.counters.suspicions += u64::from(after.liveness == Liveness::Suspect);
+                        self.events.push_back(Event::Liveness { id: after.id, liveness: after.liveness });
+                    }
+                }
+                _ => {}
+            }
+        }
+        for id in gone {
+            self.echo_losses.remove(&id);
+            self.slow_answers.remove(&id);
+            self.warned_backends.remove(&id);
+            self.warned_shared.remove(&id);
+        }
+    }
+
+    fn compare_backends(&mut self) {
+        let ours = self.config.metadata.backends;
+        for member in self.view.members.iter().filter(|member| member.known && member.id != self.config.id) {
+            let theirs = member.metadata.backends;
+            if theirs == ours {
+                self.warned_backends.remove(&member.id);
+            } else if self.warned_backends.insert(member.id, (theirs, ours)) != Some((theirs, ours)) {
+                self.events.push_back(Event::Warning(Warning::BackendsDiffer(member.id)));
+            }
+        }
+    }
+
+    /// Whether `id` is a member now, in whatever state.
+    pub(super) fn is_member(&self, id: MemberId) -> bool {
+        self.view.get(id).is_some()
+    }
+}
+
+/// Whether there is more to tell than counters and digests.
+fn differs(before: &MemberView, after: &MemberView) -> bool {
+    before.address != after.address
+        || before.state != after.state
+        || before.known != after.known
+        || before.metadata.differs_from(&after.metadata)
+}

@@ -39,6 +39,10 @@ const PINGS_KEPT: usize = 16;
 /// Former members that are remembered beside twice the present ones, so that a healed partition knows itself again at once.
 const STRANGERS_KEPT: usize = 64;
 
+/// Gossip intervals by which the word that we leave goes ahead of the word that we are down: as long as news takes to reach the last of
+/// a hundred members.
+const LEAVE_AHEAD: u32 = 5;
+
 /// Datagrams that repeat the news of our leaving, one a gossip interval.
 const LEAVE_REPEATS: u8 = 4;
 
@@ -385,7 +389,7 @@ impl Membership {
         self.begin_leave(now);
         // The word that we leave goes ahead of the word that we are down, so that the others know the reason.
         self.drive(now, |swim, io| swim.gossip(io));
-        self.schedule(now + self.config.timing.gossip_interval, Task::Leave(0));
+        self.schedule(now + self.config.timing.gossip_interval * LEAVE_AHEAD, Task::Leave(0));
     }
 
     /// Our whole state, to send to a peer; also the reply to its request.

@@ -22,7 +22,7 @@ fn the_logarithm_is_right() {
         let exact = 64.0 - (h as f64).log2();
         let found = neg_log2(h) as f64 / ONE as f64;
         worst = worst.max((found - exact).abs());
-        h = crate::siphash::siphash_8(KEY, step) >> (step % 64);
+        h = siphash_8(KEY, step) >> (step % 64);
         h = h.max(1);
     }
     assert!(worst < 2e-7, "{worst}");

@@ -28,8 +28,12 @@ mod swim;
 
 use swim::{Io, Ping, Swim};
 
-/// Changed metadata is told at once, but not more often than this: a mass join changes every member's view digest many times.
+/// Changed metadata is told at once, but not more often than this for every [`SPACING_CROWD`] members: when many join together,
+/// every join changes every member's view digest.
 const PUBLISH_SPACING: Duration = Duration::from_millis(250);
+
+/// See [`PUBLISH_SPACING`].
+const SPACING_CROWD: usize = 16;
 
 /// Above this many members the ID messages are stretched in proportion.
 const ID_CROWD: usize = 64;

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use rand::RngExt;
 
-use super::{Membership, PUBLISH_SPACING, STRANGERS_KEPT, encode};
+use super::{Membership, PUBLISH_SPACING, SPACING_CROWD, STRANGERS_KEPT, encode};
 use crate::{
     event::Event,
     item::{Item, ItemHead, MemberState},
@@ -13,7 +13,8 @@ use crate::{
 
 impl Membership {
     pub(super) fn publish_if_due(&mut self, now: Instant) {
-        let spaced = self.published.is_none_or(|at| now.saturating_duration_since(at) >= PUBLISH_SPACING);
+        let spacing = PUBLISH_SPACING * (self.view.members.len() / SPACING_CROWD).max(1) as u32;
+        let spaced = self.published.is_none_or(|at| now.saturating_duration_since(at) >= spacing);
         if self.publish_soon && spaced {
             self.publish(now);
         }

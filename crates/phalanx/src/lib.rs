@@ -4,6 +4,7 @@ pub mod check;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod health;
 pub mod http;
 pub mod keys;
 pub mod logging;

@@ -1,9 +1,14 @@
+use std::collections::BTreeSet;
+use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::Duration;
 
 use phalanx_flow::{FlowEventKind, FlowFlags, FlowState, MemberId};
 use proptest::prelude::*;
 
+use super::idle::{BACKUP_WAIT, OWNER_WAIT};
 use super::*;
+use crate::codec::CodecError;
 use crate::testing::{TestRanking, backend, key, record};
 
 mod world;
@@ -67,6 +72,14 @@ proptest! {
                         members[which].1 = 1 + world.random(4) as u32;
                     }
                 }
+            }
+            if world.random(3) == 0 && members.iter().filter(|(_, weight)| *weight > 0).count() > 2 {
+                // A crash, once everything has two holders again.
+                world.switch(&members);
+                world.settle();
+                let which = world.random(members.len() as u64) as usize;
+                let (id, _) = members.remove(which);
+                world.kill(id);
             }
             world.switch(&members);
         }

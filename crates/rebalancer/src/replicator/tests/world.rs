@@ -1,13 +1,14 @@
 //! Replicators over fake forwarder tables and a network that loses connections.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_flow::{FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, MemberId, Record};
 
 use super::super::*;
-use crate::ranking::Survivors;
+use crate::ranking::{Ranking, Survivors};
 use crate::testing::{TestRanking, backend, epoch, key, mix};
 use crate::transfer::{Change, former_entries, plan};
 

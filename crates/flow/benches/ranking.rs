@@ -2,6 +2,7 @@
 //!
 //! The limit is 10 ms for a change.
 #![expect(clippy::expect_used, reason = "a benchmark runs on the host and may fail loudly")]
+#![expect(clippy::arithmetic_side_effects, reason = "a benchmark runs on the host and may fail loudly")]
 
 use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr};
@@ -48,10 +49,15 @@ fn row_table(criterion: &mut Criterion) {
             let list = members(weight);
             let table = member_table(&list, rule);
             let newcomer = RankedMember { id: MemberId(5000), weight: weight(500), site: 1 };
-            let changes: [Change<'_, RowTable>; 4] = [
+            let changes: [Change<'_, RowTable>; 5] = [
                 ("add", &|table| table.add(newcomer).expect("the id is free")),
                 ("remove", &|table| table.remove(MemberId(500)).expect("the id is there")),
-                ("raise weight", &|table| table.reweight(MemberId(500), 1100).expect("the id is there")),
+                ("double weight", &|table| {
+                    table.reweight(MemberId(500), 2 * weight(500)).expect("the id is there")
+                }),
+                ("raise weight to more than all others'", &|table| {
+                    table.reweight(MemberId(500), 1 << 20).expect("the id is there")
+                }),
                 ("drain", &|table| table.reweight(MemberId(500), 0).expect("the id is there")),
             ];
             for (name, change) in changes {
@@ -80,10 +86,13 @@ fn backend_table(criterion: &mut Criterion) {
         let list = backends(weight);
         let table = BackendTable::new(KEY, &list);
         let newcomer = RankedBackend { id: backend(5000), weight: weight(500) };
-        let changes: [Change<'_, BackendTable>; 4] = [
+        let changes: [Change<'_, BackendTable>; 5] = [
             ("add", &|table| table.add(newcomer)),
             ("remove", &|table| assert!(table.remove(&backend(500)))),
-            ("raise weight", &|table| assert!(table.reweight(&backend(500), 1100))),
+            ("double weight", &|table| assert!(table.reweight(&backend(500), 2 * weight(500)))),
+            ("raise weight to more than all others'", &|table| {
+                assert!(table.reweight(&backend(500), 1 << 20))
+            }),
             ("drain", &|table| assert!(table.reweight(&backend(500), 0))),
         ];
         for (name, change) in changes {

@@ -119,7 +119,7 @@ impl RawsockForwarder {
             engine: Arc::clone(&engine),
             stop: AtomicBool::new(false),
             discards: AtomicU64::new(0),
-            heartbeats: (0..config.threads.get()).map(|_| AtomicU64::new(0)).collect(),
+            heartbeats: (0..config.threads.get()).map(|_| AtomicU64::new(engine.now_ms())).collect(),
         });
         for index in 0..config.threads.get() {
             let clients = ToClients::open().map_err(|error| StartError::system("open raw sockets", error))?;

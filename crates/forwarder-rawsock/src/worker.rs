@@ -64,7 +64,7 @@ impl Worker {
             let wanted = shared.discards.load(Ordering::Acquire);
             let stalled_ms = now_ms.saturating_sub(before_ms);
             let lease_ms = shared.engine.lease_term().as_millis() as u64;
-            if wanted != discards || before_ms != 0 && stalled_ms > STALL_MS.max(lease_ms) {
+            if wanted != discards || stalled_ms > STALL_MS.max(lease_ms) {
                 discards = wanted;
                 self.discard();
             }

@@ -6,6 +6,7 @@
 //!
 //! Invariant: this crate knows nothing of boots, views, peers or sockets.
 
+pub mod conformance;
 pub mod counters;
 pub mod engine;
 pub mod memory;

@@ -44,6 +44,9 @@ const FRAGMENT_LIFE_MS: u64 = 2_000;
 /// Tokens of hand-off echoes that wait for the daemon at the most.
 const MAX_ECHOES: usize = 4096;
 
+/// Where the clock starts: a record's idle time has 32 bits.
+const CLOCK_START_MS: u64 = 1 << 32;
+
 /// How often each share of the table is searched for expired entries, and how long the daemon has for its word on one.
 const SCAN_EVERY_MS: u64 = 1_000;
 
@@ -429,9 +432,9 @@ impl Engine {
         })
     }
 
-    /// Milliseconds since the engine began: the clock of its entries. Never 0.
+    /// The clock of the engine's entries, in milliseconds; monotonic, and so far from 0 that every idle time fits behind it.
     pub fn now_ms(&self) -> u64 {
-        self.started.elapsed().as_millis() as u64 + 1
+        CLOCK_START_MS + self.started.elapsed().as_millis() as u64
     }
 
     /// The plan in force.

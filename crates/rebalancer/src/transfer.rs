@@ -155,6 +155,20 @@ pub fn plan(change: &Change<'_>, records: impl IntoIterator<Item = Record>) -> T
     plan
 }
 
+/// All that `to` should hold of what `local` has, for a peer that missed records ([`crate::Event::Overflow`]).
+pub fn plan_refill(
+    ranking: &dyn Ranking,
+    to: MemberId,
+    records: impl IntoIterator<Item = Record>,
+) -> TransferPlan {
+    let missing: Vec<Record> = records
+        .into_iter()
+        .filter(|record| ranking.holders(ranking.row_of(&record.key)).contains(&Some(to)))
+        .collect();
+    let holders = if missing.is_empty() { BTreeMap::new() } else { BTreeMap::from([(to, missing)]) };
+    TransferPlan { holders, ..TransferPlan::default() }
+}
+
 /// What a member's cache has to offer when members left: the cached flows of rows all of whose old holders are gone, for the new holders.
 ///
 /// `cached` is what stands in the cache; the driver flushes those entries afterwards where `flush_on_leave` is set (claim 20, \[750\]).

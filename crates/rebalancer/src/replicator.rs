@@ -1,0 +1,902 @@
+//! Replication of associations, ends and touches, and the sending of transfer tables: one state machine per daemon.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use phalanx_flow::{FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, MemberId, Record};
+
+use crate::codec::{self, CodecError, Control, Frame, FrameDecoder, Item, Refusal};
+use crate::hlc::Hlc;
+use crate::ranking::{Ranking, holders_of};
+use crate::transfer::TransferPlan;
+
+mod ended;
+mod idle;
+mod inbound;
+mod outbox;
+mod sending;
+
+use ended::Births;
+use idle::{BACKUP_WAIT, IdleFlows, OWNER_WAIT};
+use inbound::{Inbound, Then};
+use outbox::Outbox;
+pub use sending::TransferProgress;
+use sending::{Pace, Transfer};
+
+/// Items in one batch: 64 kB, so that an acknowledgement comes back soon and one batch holds up nothing for long.
+const BATCH_ITEMS: usize = 1024;
+/// Batches on their way to one peer without an acknowledgement: what a 100 ms path carries of 160,000 items a second.
+const BATCH_WINDOW: usize = 16;
+/// Frames of one peer that wait for the forwarder; a peer that keeps to its windows has at most these, or twice that after a reconnect.
+const MAX_INBOUND: usize = 4 * (BATCH_WINDOW + sending::CHUNK_WINDOW);
+/// Local changes of the flow table in one [`ApplyBatch`].
+const LOCAL_BATCH: usize = 1024;
+/// Flows that wait for one peer: about 40 MB for a peer that is away for long. Beyond, flows stay unprotected and the driver is told.
+const MAX_BACKLOG: usize = 131_072;
+/// Tombstones: two minutes of 2,000 ends a second; more ends shorten the time, and records in flight are seconds old at most.
+const MAX_ENDED: usize = 262_144;
+/// How long an ended flow is remembered: longer than any reconnect delays a record.
+const ENDED_FOR: Duration = Duration::from_secs(120);
+/// Stamps the forwarder may not have applied when it made an event: a tenth of a second at a million connections a second.
+const MAX_STAMPS: usize = 131_072;
+/// How long an event may be on its way from the forwarder to us.
+const STAMPS_FOR: Duration = Duration::from_secs(10);
+/// A holder that saw a packet later than we did by no more than this has seen nothing: records age by their transit when copied.
+const IDLE_SLACK_MS: u32 = 250;
+
+const _: () = assert!(BATCH_ITEMS <= codec::MAX_ITEMS);
+
+/// When a new flow is told to its backup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Policy {
+    /// When the client has answered the server; a SYN flood makes no replication traffic.
+    #[default]
+    Established,
+    /// At the SYN, as the founding document has it \[430\].
+    Syn,
+}
+
+/// What does not change while a daemon runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// This member.
+    pub local: MemberId,
+    /// Records of transfer tables a second, over all receivers together.
+    pub transfer_rate: NonZeroU32,
+}
+
+/// The cluster as the local member sees it.
+#[derive(Clone)]
+pub struct ViewInput {
+    /// Who owns and backs up what.
+    pub ranking: Arc<dyn Ranking>,
+    /// The table before the last switch, while the handover window is open (design §6).
+    pub previous: Option<Arc<dyn Ranking>>,
+    /// Members not confirmed down, the local one among them or not.
+    pub live: BTreeSet<MemberId>,
+    /// Of these, those that SWIM suspects: hints go past them.
+    pub suspects: BTreeSet<MemberId>,
+    /// Members with `cache = "all"`.
+    pub caches: BTreeSet<MemberId>,
+    /// When a new flow is told to its backup.
+    pub policy: Policy,
+    /// `false` is the lab's `--no-replication` twin: nothing is sent at all, neither associations nor transfer tables.
+    pub enabled: bool,
+}
+
+/// One change to the forwarder's flow table (or cache).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Apply {
+    /// Hold this record unless [`Record::is_replaced_by`] says that the present one stays.
+    Upsert(Record),
+    /// Remove the entry, if it has this birth and no packet of it was seen for `min_idle_ms` milliseconds.
+    /// `Stale`: there is no such entry, or it lives.
+    Remove {
+        /// The flow.
+        key: FlowKey,
+        /// Another birth is another life: it stays.
+        birth: u64,
+        /// 0: whenever it was last seen.
+        min_idle_ms: u32,
+    },
+    /// A packet of the flow was seen elsewhere this long ago; never makes an entry look older.
+    Touch {
+        /// The flow.
+        key: FlowKey,
+        /// Milliseconds since the packet.
+        idle_ms: u32,
+    },
+    /// As [`Apply::Upsert`], into the cache.
+    CacheUpsert(Record),
+    /// Erase the cache's entry.
+    CacheRemove {
+        /// The flow.
+        key: FlowKey,
+    },
+    /// Give the entry this birth if it has none yet (0).
+    Stamp {
+        /// The flow.
+        key: FlowKey,
+        /// The birth.
+        birth: u64,
+    },
+    /// Set [`FlowFlags::PROTECTED`] if the entry still has this birth and update.
+    Protect {
+        /// The flow.
+        key: FlowKey,
+        /// The birth the backup acknowledged.
+        birth: u64,
+        /// The update the backup acknowledged.
+        update: u32,
+    },
+}
+
+/// What the forwarder did with one [`Apply`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ApplyResult {
+    /// It is so now.
+    Applied,
+    /// There was nothing to do: what is there is as new or newer, or there is nothing there.
+    Stale,
+    /// The table is full.
+    Full,
+    /// The backend cannot be reached from here.
+    UnknownBackend,
+}
+
+/// Changes to be made in order; [`Replicator::handle_applied`] takes the results.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApplyBatch {
+    /// Names the batch.
+    pub id: u64,
+    /// Who asked for it; `None`: we did.
+    pub from: Option<MemberId>,
+    /// The changes.
+    pub items: Vec<Apply>,
+}
+
+/// Flows whose records are asked for; [`Replicator::handle_lookup`] takes the answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lookup {
+    /// Names the question.
+    pub id: u64,
+    /// The flows.
+    pub keys: Vec<FlowKey>,
+}
+
+/// What a driver may want to know or act on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A peer refused records: its table is full or it cannot reach their backend. The flows stay unprotected.
+    PeerFull {
+        /// The peer.
+        peer: MemberId,
+        /// How many records.
+        refused: usize,
+    },
+    /// So much waits for a peer that records were dropped: when it is back, send it all that it should hold
+    /// ([`crate::transfer::plan_refill`]).
+    Overflow {
+        /// The peer.
+        peer: MemberId,
+    },
+    /// The transfer table to this member has been acknowledged whole.
+    TransferDone {
+        /// The receiver.
+        to: MemberId,
+        /// How far it came, refused records among them.
+        progress: TransferProgress,
+    },
+    /// The receiver is no longer alive; the next view's plan replaces the transfer.
+    TransferDropped {
+        /// The receiver.
+        to: MemberId,
+        /// Records it has not acknowledged.
+        records: usize,
+    },
+    /// No transfer is under way any more.
+    AllDone,
+}
+
+/// Why a peer's bytes were not taken. Nothing of the offending frame was applied; close the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PeerError {
+    /// The bytes are not this protocol.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// [`Replicator::handle_connected`] was not called.
+    #[error("data from a peer that is not connected")]
+    NotConnected,
+    /// The peer sends more than its windows allow, or the local forwarder has stopped applying.
+    #[error("more frames than the window allows wait for the forwarder")]
+    Window,
+}
+
+/// Counters, all since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Items sent, repetitions included.
+    pub items_sent: u64,
+    /// Items received.
+    pub items_received: u64,
+    /// Frames sent.
+    pub frames_sent: u64,
+    /// Records received that made the local table newer.
+    pub applied: u64,
+    /// Records received of flows that have ended, not applied.
+    pub barred: u64,
+    /// Records that peers refused (full, or backend unknown).
+    pub refused: u64,
+    /// Records not queued because too much waits for the peer.
+    pub overflowed: u64,
+    /// Births more than a day ahead of our clock, not followed.
+    pub clock_ahead: u64,
+    /// Records received without a birth, or hints for flows we do not hold; not applied.
+    pub misplaced: u64,
+    /// Frames received while replication is switched off.
+    pub ignored: u64,
+    /// Idle entries removed because nobody answered in time.
+    pub unanswered: u64,
+}
+
+/// The replication half of a daemon, sans-io.
+///
+/// ```text
+///             handle_view, handle_event, begin_transfer
+///  forwarder ───────────────────────────────────────────► Replicator ──poll_message──► peers
+///      ▲                                                   │    ▲  ▲
+///      ├──────────────── poll_apply, poll_lookup ──────────┘    │  └── handle_data, handle_(dis)connected
+///      └──────────────── handle_applied, handle_lookup ─────────┘
+///
+///  One flow at its owner, as its backup knows it:
+///
+///                Changed (established), at_once, hint        ack, this version
+///   UNTOLD ───────────────────────────────► UNPROTECTED ───────────────────────► PROTECTED
+///                                            ▲   │ refused: stays                   │
+///                                            └───┴──────────────────────────────────┘
+///                                              Changed, backup replaced by another
+///   From each: removed (idle everywhere, linger over) ► ENDED: End to all, a tombstone bars older records
+///
+///  One peer:   DISCONNECTED ──handle_connected──► CONNECTED: at most 16 batches and 8 chunks unacknowledged
+///               ▲  everything unacknowledged goes    │
+///               └──back to its slot──handle_disconnected
+/// ```
+/// The waiting of idle flows is drawn in `replicator/idle.rs`.
+///
+/// Call it like this. **Inputs** (`handle_*`): [`handle_view`](Self::handle_view) first and on every change, then events,
+/// connections, data, results and timeouts as they come; `now` never goes back. **Outputs** (`poll_*`): after every input, until
+/// each returns `None`: [`poll_apply`](Self::poll_apply) and [`poll_lookup`](Self::poll_lookup) (carried out in order),
+/// [`poll_message`](Self::poll_message) (as long as the peers' streams take more), [`poll_event`](Self::poll_event), and last
+/// [`poll_timeout`](Self::poll_timeout). **Commands**: [`begin_transfer`](Self::begin_transfer).
+pub struct Replicator {
+    config: Config,
+    view: Option<ViewInput>,
+    now: Instant,
+    started: Instant,
+    started_wall_ms: u64,
+    clock: Hlc,
+    peers: BTreeMap<MemberId, Peer>,
+    /// Where [`Replicator::poll_message`] goes on, so that no peer waits for another.
+    last_served: Option<MemberId>,
+    /// Flows owned here by the version their backup has not acknowledged.
+    unprotected: HashMap<FlowKey, (u64, u32)>,
+    stamps: Births,
+    ended: Births,
+    idle: IdleFlows,
+    inbound: Inbound,
+    pace: Pace,
+    next_chunk: u64,
+    transferring: bool,
+    events: VecDeque<Event>,
+    counters: Counters,
+}
+
+/// What is kept of one peer.
+struct Peer {
+    connected: bool,
+    /// Counts connections: what came by an earlier one is not acknowledged on this one, because its sender may have started again.
+    epoch: u64,
+    decoder: FrameDecoder,
+    controls: VecDeque<Control>,
+    /// Idle queries and replies; worth nothing after a reconnect.
+    asks: VecDeque<Item>,
+    outbox: Outbox,
+    /// Whether records were dropped since the outbox was last empty.
+    overflowed: bool,
+    next_seq: u64,
+    inflight: BTreeMap<u64, (Instant, Vec<Item>)>,
+    transfer: Option<Transfer>,
+}
+
+impl Peer {
+    fn new() -> Self {
+        Self {
+            connected: false,
+            epoch: 0,
+            decoder: FrameDecoder::new(),
+            controls: VecDeque::new(),
+            asks: VecDeque::new(),
+            outbox: Outbox::new(MAX_BACKLOG),
+            overflowed: false,
+            next_seq: 1,
+            inflight: BTreeMap::new(),
+            transfer: None,
+        }
+    }
+
+    fn disconnect(&mut self) {
+        self.connected = false;
+        self.decoder = FrameDecoder::new();
+        self.controls.clear();
+        self.asks.clear();
+        while let Some((_, (at, items))) = self.inflight.pop_last() {
+            for item in items.into_iter().rev() {
+                if !matches!(item, Item::IdleQuery { .. } | Item::IdleReply { .. }) {
+                    self.outbox.push_back_unacknowledged(at, item);
+                }
+            }
+        }
+        if let Some(transfer) = &mut self.transfer {
+            transfer.handle_disconnected();
+        }
+    }
+}
+
+/// `idle_ms` as read at `at`, at the later time `now`.
+fn aged(idle_ms: u32, at: Instant, now: Instant) -> u32 {
+    let passed = now.saturating_duration_since(at).as_millis();
+    idle_ms.saturating_add(u32::try_from(passed).unwrap_or(u32::MAX))
+}
+
+impl Replicator {
+    /// A replicator that knows no view yet; `wall_ms` is the time of day in milliseconds since 1970.
+    ///
+    /// Afterwards only `now` counts: a step of the system's clock does not disturb the births.
+    pub fn new(config: Config, now: Instant, wall_ms: u64) -> Self {
+        Self {
+            config,
+            view: None,
+            now,
+            started: now,
+            started_wall_ms: wall_ms,
+            clock: Hlc::new(config.local),
+            peers: BTreeMap::new(),
+            last_served: None,
+            unprotected: HashMap::new(),
+            stamps: Births::new(MAX_STAMPS, STAMPS_FOR),
+            ended: Births::new(MAX_ENDED, ENDED_FOR),
+            idle: IdleFlows::default(),
+            inbound: Inbound::default(),
+            pace: Pace::new(now, config.transfer_rate),
+            next_chunk: 1,
+            transferring: false,
+            events: VecDeque::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// This member.
+    pub const fn local(&self) -> MemberId {
+        self.config.local
+    }
+
+    /// Flows owned here whose present version the backup has not acknowledged, those without any backup among them.
+    pub fn unprotected(&self) -> usize {
+        self.unprotected.len()
+    }
+
+    /// Idle entries that wait for what another holder knows.
+    pub fn waiting_idle(&self) -> usize {
+        self.idle.len()
+    }
+
+    /// Flows of which something waits to be sent to `peer`, and batches on their way to it.
+    pub fn backlog(&self, peer: MemberId) -> (usize, usize) {
+        self.peers.get(&peer).map_or((0, 0), |peer| (peer.outbox.len(), peer.inflight.len()))
+    }
+
+    /// The counters.
+    pub const fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Every transfer under way.
+    pub fn transfers(&self) -> impl Iterator<Item = TransferProgress> {
+        self.peers
+            .iter()
+            .filter_map(|(&to, peer)| peer.transfer.as_ref().map(|transfer| transfer.progress(to)))
+    }
+
+    // Inputs.
+
+    /// Takes a new view: who owns what, who lives, whom to tell.
+    ///
+    /// What waits for members that no longer live is dropped. The driver then visits its flow table in the changed rows and calls
+    /// [`Replicator::begin_transfer`].
+    pub fn handle_view(&mut self, now: Instant, view: ViewInput) {
+        self.advance(now);
+        for (&id, peer) in &mut self.peers {
+            if view.live.contains(&id) {
+                continue;
+            }
+            peer.outbox.clear();
+            peer.asks.clear();
+            peer.overflowed = false;
+            // What is on its way may still be acknowledged, and must not come back after that.
+            peer.inflight.clear();
+            if let Some(transfer) = peer.transfer.take() {
+                self.events.push_back(Event::TransferDropped { to: id, records: transfer.remaining() });
+            }
+        }
+        self.peers.retain(|id, peer| peer.connected || view.live.contains(id));
+        let local = Some(self.config.local);
+        self.unprotected.retain(|key, _| view.ranking.holders(view.ranking.row_of(key))[0] == local);
+        self.view = Some(view);
+        self.finish_transfers();
+    }
+
+    /// Takes what the forwarder says of a flow.
+    pub fn handle_event(&mut self, now: Instant, event: FlowEvent) {
+        self.advance(now);
+        let mut record = event.record;
+        match event.kind {
+            FlowEventKind::New => {
+                self.idle.remove(&record.key);
+                if record.birth == 0 {
+                    record.birth = self.stamp(&record.key);
+                }
+                if event.at_once || self.is_worth_telling(&record) {
+                    self.replicate(record);
+                }
+            }
+            FlowEventKind::Changed => {
+                self.settle_birth(&mut record);
+                self.idle.remove(&record.key);
+                if event.at_once || self.is_worth_telling(&record) {
+                    self.replicate(record);
+                }
+            }
+            FlowEventKind::Touched => {
+                self.settle_birth(&mut record);
+                self.touch_owner(&record);
+            }
+            FlowEventKind::Cached if record.birth == 0 => self.counters.misplaced += 1,
+            FlowEventKind::Cached => match record.state {
+                FlowState::Closing | FlowState::Reset => self.replicate(record),
+                FlowState::HalfOpen | FlowState::Established => self.touch_owner(&record),
+            },
+            FlowEventKind::Hint => self.hint(record),
+            FlowEventKind::Expired => {
+                self.settle_birth(&mut record);
+                self.expire(record, event.at_once);
+            }
+        }
+    }
+
+    /// A stream to `peer` is open: what waits is sent, and what was not acknowledged on the last one is sent again.
+    pub fn handle_connected(&mut self, now: Instant, peer: MemberId) {
+        self.advance(now);
+        let peer = self.peers.entry(peer).or_insert_with(Peer::new);
+        peer.disconnect();
+        peer.connected = true;
+        peer.epoch += 1;
+    }
+
+    /// The stream to `peer` is gone.
+    pub fn handle_disconnected(&mut self, now: Instant, peer: MemberId) {
+        self.advance(now);
+        if let Some(peer) = self.peers.get_mut(&peer) {
+            peer.disconnect();
+        }
+    }
+
+    /// Takes bytes of `peer`'s stream, cut anywhere. After an error, close the connection.
+    pub fn handle_data(&mut self, now: Instant, from: MemberId, bytes: &[u8]) -> Result<(), PeerError> {
+        self.advance(now);
+        let peer = self.peers.get_mut(&from).filter(|peer| peer.connected).ok_or(PeerError::NotConnected)?;
+        peer.decoder.handle_data(bytes);
+        loop {
+            let peer = self.peers.get_mut(&from).ok_or(PeerError::NotConnected)?;
+            let epoch = peer.epoch;
+            let Some(frame) = peer.decoder.poll_frame()? else { return Ok(()) };
+            self.handle_frame(from, epoch, frame)?;
+        }
+    }
+
+    /// The time [`Replicator::poll_timeout`] named has come.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.advance(now);
+        for key in self.idle.due(self.now) {
+            self.ask_again(&key);
+        }
+        self.ended.expire(self.now);
+        self.stamps.expire(self.now);
+    }
+
+    /// Sends the local part of a change's transfer tables.
+    ///
+    /// A transfer that is under way to the same member goes on, and the new records follow it.
+    /// Half-open flows that agree with the consistent table are left out: the handover window covers them, and a SYN flood must not
+    /// make a change of members expensive. With replication switched off nothing is sent and [`Event::AllDone`] comes at once.
+    pub fn begin_transfer(&mut self, now: Instant, plan: TransferPlan) {
+        self.advance(now);
+        self.transferring = true;
+        if self.is_enabled() {
+            let tables = plan.holders.into_iter().map(|(to, records)| (to, records, false));
+            let caches = plan.caches.into_iter().map(|(to, records)| (to, records, true));
+            for (to, records, cache) in tables.chain(caches) {
+                if to == self.config.local {
+                    continue;
+                }
+                let mut worth = Vec::with_capacity(records.len());
+                for mut record in records {
+                    self.settle_birth(&mut record);
+                    if !self.is_worth_telling(&record) || self.ended.bars(&record.key, record.birth) {
+                        continue;
+                    }
+                    if !cache && self.backup_of_own(&record.key) == Some(to) {
+                        self.unprotected.entry(record.key).or_insert((record.birth, record.update));
+                    }
+                    worth.push((record, cache));
+                }
+                if !worth.is_empty() {
+                    let peer = self.peers.entry(to).or_insert_with(Peer::new);
+                    peer.transfer.get_or_insert_default().add(self.now, worth);
+                }
+            }
+        }
+        self.finish_transfers();
+    }
+
+    // Outputs.
+
+    /// The next frame and whom to send it to, over its reliable ordered stream.
+    pub fn poll_message(&mut self) -> Option<(MemberId, Vec<u8>)> {
+        let after = self.last_served;
+        let order: Vec<MemberId> = self
+            .peers
+            .keys()
+            .filter(|&&id| Some(id) > after)
+            .chain(self.peers.keys().filter(|&&id| Some(id) <= after))
+            .copied()
+            .collect();
+        for id in order {
+            if let Some(frame) = self.poll_frame(id) {
+                self.last_served = Some(id);
+                self.counters.frames_sent += 1;
+                if let Frame::Batch { items, .. } | Frame::Chunk { items, .. } = &frame {
+                    self.counters.items_sent += items.len() as u64;
+                }
+                return Some((id, codec::encode(&frame)));
+            }
+        }
+        None
+    }
+
+    /// The next changes to be made in the forwarder's tables, in order.
+    pub fn poll_apply(&mut self) -> Option<ApplyBatch> {
+        self.inbound.poll_apply()
+    }
+
+    /// The next flows to be looked up in the forwarder's flow table.
+    pub fn poll_lookup(&mut self) -> Option<Lookup> {
+        self.inbound.poll_lookup()
+    }
+
+    /// The next thing to know.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// When [`Replicator::handle_timeout`] is to be called, if nothing else is called before.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let paced = self
+            .peers
+            .values()
+            .any(|peer| peer.connected && peer.transfer.as_ref().is_some_and(Transfer::wants_to_send));
+        let pace = paced.then(|| self.pace.next_timeout());
+        [pace, self.idle.next_timeout()].into_iter().flatten().min()
+    }
+
+    // Sending.
+
+    fn poll_frame(&mut self, id: MemberId) -> Option<Frame> {
+        let peer = self.peers.get_mut(&id).filter(|peer| peer.connected)?;
+        if let Some(control) = peer.controls.pop_front() {
+            return Some(Frame::Control(control));
+        }
+        if peer.inflight.len() < BATCH_WINDOW && (!peer.asks.is_empty() || peer.outbox.len() > 0) {
+            let asks = peer.asks.len().min(BATCH_ITEMS / 2);
+            let mut items: Vec<_> = peer.asks.drain(..asks).collect();
+            items.extend(peer.outbox.take(self.now, BATCH_ITEMS - items.len()));
+            peer.overflowed &= peer.outbox.len() > 0;
+            let seq = peer.next_seq;
+            peer.next_seq += 1;
+            peer.inflight.insert(seq, (self.now, items.clone()));
+            return Some(Frame::Batch { seq, items });
+        }
+        let ended = &self.ended;
+        let chunk =
+            peer.transfer.as_mut()?.poll_chunk(self.now, &mut self.pace, &mut self.next_chunk, |record| {
+                ended.bars(&record.key, record.birth)
+            });
+        match chunk {
+            Some((id, items)) => Some(Frame::Chunk { id, items }),
+            None => {
+                // All that was left may have ended.
+                self.finish_transfers();
+                None
+            }
+        }
+    }
+
+    /// Tells all who should know of the flow, and counts it as unprotected if it is ours.
+    fn replicate(&mut self, record: Record) {
+        let (holders, caches) = self.audience(&record.key);
+        if self.is_own(&record.key) {
+            self.unprotected.insert(record.key, (record.birth, record.update));
+        }
+        for to in holders {
+            self.push(to, Item::Associate { record, cache: false });
+        }
+        for to in caches {
+            self.push(to, Item::Associate { record, cache: true });
+        }
+    }
+
+    /// The other holders of `key` under both tables, and the other members with a cache: all who are told of the flow.
+    fn audience(&self, key: &FlowKey) -> (Vec<MemberId>, Vec<MemberId>) {
+        let Some(view) = &self.view else { return Default::default() };
+        let reachable = |member: &MemberId| *member != self.config.local && view.live.contains(member);
+        let mut holders: Vec<MemberId> = Vec::with_capacity(4);
+        for ranking in [Some(&view.ranking), view.previous.as_ref()].into_iter().flatten() {
+            for member in holders_of(&**ranking, ranking.row_of(key)).filter(reachable) {
+                if !holders.contains(&member) {
+                    holders.push(member);
+                }
+            }
+        }
+        let caches = view
+            .caches
+            .iter()
+            .copied()
+            .filter(|member| reachable(member) && !holders.contains(member))
+            .collect();
+        (holders, caches)
+    }
+
+    /// Tells the owner, under both tables, that a packet was seen.
+    fn touch_owner(&mut self, record: &Record) {
+        let Some(view) = &self.view else { return };
+        let mut owners = [None; 2];
+        for (owner, ranking) in owners.iter_mut().zip([Some(&view.ranking), view.previous.as_ref()]) {
+            *owner = ranking.and_then(|ranking| ranking.holders(ranking.row_of(&record.key))[0]);
+        }
+        if owners[0] == owners[1] {
+            owners[1] = None;
+        }
+        let (key, birth, idle_ms) = (record.key, record.birth, record.idle_ms);
+        for owner in owners.into_iter().flatten() {
+            self.push(owner, Item::Touch { key, birth, idle_ms });
+        }
+    }
+
+    /// Offers what was done for an unknown flow to its acting owner.
+    fn hint(&mut self, mut record: Record) {
+        let Some(view) = &self.view else { return };
+        record.flags = record.flags.with(FlowFlags::RECOVERED, true);
+        let acting = holders_of(&*view.ranking, view.ranking.row_of(&record.key))
+            .find(|member| view.live.contains(member) && !view.suspects.contains(member));
+        match acting {
+            Some(acting) if acting == self.config.local => {
+                record.birth = self.clock.stamp(self.wall_ms());
+                self.inbound.push_local(Apply::Upsert(record), Then::Record(record));
+            }
+            Some(acting) => self.push(acting, Item::Hint { record }),
+            None => {}
+        }
+    }
+
+    /// Queues an item for a peer that lives; without replication, nowhere.
+    fn push(&mut self, to: MemberId, item: Item) {
+        if to == self.config.local || !self.is_enabled() || !self.is_live(to) {
+            return;
+        }
+        let peer = self.peers.entry(to).or_insert_with(Peer::new);
+        if matches!(item, Item::IdleQuery { .. } | Item::IdleReply { .. }) {
+            if peer.connected {
+                peer.asks.push_back(item);
+            }
+            return;
+        }
+        if !peer.outbox.push(self.now, item) {
+            self.counters.overflowed += 1;
+            if !std::mem::replace(&mut peer.overflowed, true) {
+                self.events.push_back(Event::Overflow { peer: to });
+            }
+        }
+    }
+
+    fn finish_transfers(&mut self) {
+        for (&to, peer) in &mut self.peers {
+            if let Some(done) = peer.transfer.take_if(|transfer| transfer.is_done()) {
+                self.events.push_back(Event::TransferDone { to, progress: done.progress(to) });
+            }
+        }
+        if self.transferring && self.peers.values().all(|peer| peer.transfer.is_none()) {
+            self.transferring = false;
+            self.events.push_back(Event::AllDone);
+        }
+    }
+
+    // Idle and end.
+
+    fn expire(&mut self, record: Record, at_once: bool) {
+        match record.state {
+            // Half-open entries are many and worth little, and a reset flow has its answer: both go without asking.
+            FlowState::HalfOpen | FlowState::Reset => {
+                let announce = self.is_own(&record.key) && (at_once || self.is_worth_telling(&record));
+                self.remove(&record, announce);
+            }
+            FlowState::Established | FlowState::Closing => {
+                if self.idle.insert(self.now, record) {
+                    self.ask_again(&record.key);
+                }
+            }
+        }
+    }
+
+    /// Asks who else holds the waiting flow, or ends the waiting.
+    fn ask_again(&mut self, key: &FlowKey) {
+        let Some(waiting) = self.idle.get(key).copied() else { return };
+        let own = self.is_own(key);
+        let waited = self.now.saturating_duration_since(waiting.since);
+        let [owner, backup] = self.holders(key);
+        let other = if own { backup } else { owner }
+            .filter(|&member| member != self.config.local && self.is_live(member) && self.is_enabled());
+        match other {
+            // Nobody else can have seen it.
+            None => {
+                self.idle.remove(key);
+                self.remove(&waiting.record, own);
+            }
+            Some(_) if waited >= if own { BACKUP_WAIT } else { OWNER_WAIT } => {
+                self.counters.unanswered += 1;
+                self.idle.remove(key);
+                self.remove(&waiting.record, false);
+            }
+            Some(other) => {
+                self.push(other, Item::IdleQuery { key: *key, birth: waiting.record.birth });
+                self.idle.asked(self.now, key, Some(other));
+            }
+        }
+    }
+
+    fn handle_idle_reply(&mut self, from: MemberId, key: &FlowKey, birth: u64, theirs: Option<u32>) {
+        let Some(waiting) = self.idle.get(key).copied() else { return };
+        if waiting.asked != Some(from) || waiting.record.birth != birth {
+            return;
+        }
+        let ours = aged(waiting.record.idle_ms, waiting.since, self.now);
+        match theirs {
+            Some(theirs) if theirs.saturating_add(IDLE_SLACK_MS) < ours => {
+                self.idle.remove(key);
+                self.inbound.push_local(Apply::Touch { key: *key, idle_ms: theirs }, Then::Nothing);
+            }
+            // The owner has it and will end it; it is asked again meanwhile, in case a packet passes there.
+            Some(_) if !self.is_own(key) => {}
+            _ => {
+                let own = self.is_own(key);
+                self.idle.remove(key);
+                self.remove(&waiting.record, own);
+            }
+        }
+    }
+
+    /// Removes an idle entry here; the end is announced once the forwarder has agreed that it is idle.
+    fn remove(&mut self, record: &Record, announce: bool) {
+        let (key, birth) = (record.key, record.birth);
+        let then = if announce { Then::Announce { key, birth } } else { Then::Forget { key, birth } };
+        self.inbound.push_local(Apply::Remove { key, birth, min_idle_ms: record.idle_ms }, then);
+    }
+
+    fn announce_end(&mut self, key: FlowKey, birth: u64) {
+        let (holders, caches) = self.audience(&key);
+        self.note_end(&key, birth);
+        for to in holders {
+            self.push(to, Item::End { key, birth, cache: false });
+        }
+        for to in caches {
+            self.push(to, Item::End { key, birth, cache: true });
+        }
+    }
+
+    /// The flow has ended, whoever said so: nothing older is to be told or taken any more.
+    fn note_end(&mut self, key: &FlowKey, birth: u64) {
+        self.ended.insert(self.now, *key, birth);
+        self.idle.remove_life(key, birth);
+        self.forget_unprotected(key, birth);
+        for peer in self.peers.values_mut() {
+            peer.outbox.forget(key, birth);
+        }
+    }
+
+    fn forget_unprotected(&mut self, key: &FlowKey, birth: u64) {
+        if self.unprotected.get(key).is_some_and(|(known, _)| *known <= birth) {
+            self.unprotected.remove(key);
+        }
+    }
+
+    // Small questions.
+
+    fn advance(&mut self, now: Instant) {
+        self.now = self.now.max(now);
+    }
+
+    fn wall_ms(&self) -> u64 {
+        let passed = self.now.saturating_duration_since(self.started).as_millis();
+        self.started_wall_ms.saturating_add(u64::try_from(passed).unwrap_or(u64::MAX))
+    }
+
+    fn is_enabled(&self) -> bool {
+        self.view.as_ref().is_none_or(|view| view.enabled)
+    }
+
+    fn is_live(&self, member: MemberId) -> bool {
+        self.view.as_ref().is_some_and(|view| view.live.contains(&member))
+    }
+
+    fn holders(&self, key: &FlowKey) -> [Option<MemberId>; 2] {
+        self.view.as_ref().map_or([None; 2], |view| view.ranking.holders(view.ranking.row_of(key)))
+    }
+
+    fn is_own(&self, key: &FlowKey) -> bool {
+        self.holders(key)[0] == Some(self.config.local)
+    }
+
+    /// The backup of `key` if we own it.
+    fn backup_of_own(&self, key: &FlowKey) -> Option<MemberId> {
+        let [owner, backup] = self.holders(key);
+        if owner == Some(self.config.local) { backup } else { None }
+    }
+
+    /// Whether others need to know the flow: not while it is half-open and agrees with the consistent table, unless the policy says
+    /// so, and not when it was reset in that state (a SYN flood from addresses that answer with RST is a flood all the same).
+    fn is_worth_telling(&self, record: &Record) -> bool {
+        if self.view.as_ref().is_some_and(|view| view.policy == Policy::Syn)
+            || record.flags.has(FlowFlags::DEVIATES)
+            || record.flags.has(FlowFlags::RECOVERED)
+        {
+            return true;
+        }
+        match record.state {
+            FlowState::HalfOpen => false,
+            // Update 1 is the RST itself, so the flow was never established.
+            FlowState::Reset => record.update > 1 || record.flags.has(FlowFlags::PROTECTED),
+            FlowState::Established | FlowState::Closing => true,
+        }
+    }
+
+    /// A birth for a flow the forwarder has just made.
+    fn stamp(&mut self, key: &FlowKey) -> u64 {
+        let birth = self.clock.stamp(self.wall_ms());
+        self.stamps.insert(self.now, *key, birth);
+        self.inbound.push_local(Apply::Stamp { key: *key, birth }, Then::Nothing);
+        birth
+    }
+
+    /// Gives a record its birth if the forwarder made the event before it knew.
+    fn settle_birth(&mut self, record: &mut Record) {
+        if record.birth == 0 {
+            record.birth = match self.stamps.get(&record.key) {
+                Some(birth) => birth,
+                None => self.stamp(&record.key),
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

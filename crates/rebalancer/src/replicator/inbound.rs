@@ -1,0 +1,382 @@
+//! What peers ask of the local forwarder, and what follows when it has been done.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::time::Instant;
+
+use phalanx_flow::{FlowFlags, FlowKey, MemberId, Record};
+
+use super::{
+    Apply, ApplyBatch, ApplyResult, Control, Event, Frame, Item, LOCAL_BATCH, Lookup, MAX_INBOUND, PeerError,
+    Refusal, Replicator, holders_of,
+};
+
+/// What follows when one change was applied.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Then {
+    Nothing,
+    /// A removal of ours, to be announced.
+    Announce {
+        key: FlowKey,
+        birth: u64,
+    },
+    /// A removal of ours that concerns nobody else.
+    Forget {
+        key: FlowKey,
+        birth: u64,
+    },
+    /// We recorded a flow nobody knew: replicate it.
+    Record(Record),
+    /// A peer's record, at this place in its frame.
+    Received {
+        place: u16,
+        record: Record,
+        hint: bool,
+    },
+}
+
+/// Where an apply batch came from, and so who gets an acknowledgement.
+#[derive(Clone, Copy, Debug)]
+enum Origin {
+    Local,
+    Batch { peer: MemberId, epoch: u64, seq: u64 },
+    Chunk { peer: MemberId, epoch: u64, id: u64 },
+}
+
+#[derive(Debug)]
+struct Pending {
+    origin: Origin,
+    then: Vec<Then>,
+}
+
+#[derive(Debug)]
+struct Question {
+    peer: MemberId,
+    epoch: u64,
+    asked: Vec<(FlowKey, u64)>,
+}
+
+/// The queues towards the forwarder.
+#[derive(Debug, Default)]
+pub(super) struct Inbound {
+    next_id: u64,
+    ready: VecDeque<(ApplyBatch, Pending)>,
+    pending: HashMap<u64, Pending>,
+    lookups: VecDeque<(Lookup, Question)>,
+    questions: HashMap<u64, Question>,
+    /// Frames of each peer that have not been applied.
+    unapplied: BTreeMap<MemberId, usize>,
+}
+
+impl Inbound {
+    pub(super) fn push_local(&mut self, apply: Apply, then: Then) {
+        if let Some((batch, pending)) = self.ready.back_mut()
+            && batch.from.is_none()
+            && batch.items.len() < LOCAL_BATCH
+        {
+            batch.items.push(apply);
+            pending.then.push(then);
+            return;
+        }
+        self.push(None, vec![apply], Pending { origin: Origin::Local, then: vec![then] });
+    }
+
+    fn push(&mut self, from: Option<MemberId>, items: Vec<Apply>, pending: Pending) {
+        self.next_id += 1;
+        self.ready.push_back((ApplyBatch { id: self.next_id, from, items }, pending));
+        if let Some(from) = from {
+            *self.unapplied.entry(from).or_default() += 1;
+        }
+    }
+
+    pub(super) fn poll_apply(&mut self) -> Option<ApplyBatch> {
+        let (batch, pending) = self.ready.pop_front()?;
+        self.pending.insert(batch.id, pending);
+        Some(batch)
+    }
+
+    pub(super) fn poll_lookup(&mut self) -> Option<Lookup> {
+        let (lookup, question) = self.lookups.pop_front()?;
+        self.questions.insert(lookup.id, question);
+        Some(lookup)
+    }
+
+    fn take_pending(&mut self, id: u64) -> Option<Pending> {
+        let pending = self.pending.remove(&id)?;
+        if let Origin::Batch { peer, .. } | Origin::Chunk { peer, .. } = pending.origin
+            && let Some(unapplied) = self.unapplied.get_mut(&peer)
+        {
+            *unapplied -= 1;
+            if *unapplied == 0 {
+                self.unapplied.remove(&peer);
+            }
+        }
+        Some(pending)
+    }
+}
+
+impl Replicator {
+    /// Takes what the forwarder did with an [`ApplyBatch`], change by change; a result that is missing counts as refused.
+    pub fn handle_applied(&mut self, now: Instant, id: u64, results: &[ApplyResult]) {
+        self.advance(now);
+        let Some(pending) = self.inbound.take_pending(id) else { return };
+        let from = match pending.origin {
+            Origin::Local => None,
+            Origin::Batch { peer, .. } | Origin::Chunk { peer, .. } => Some(peer),
+        };
+        let whole_table = matches!(pending.origin, Origin::Chunk { .. });
+        let mut refused = Vec::new();
+        for (at, then) in pending.then.into_iter().enumerate() {
+            let result = results.get(at).copied().unwrap_or(ApplyResult::Full);
+            match then {
+                Then::Nothing => {}
+                // An entry that lives, or is of another life, is left alone and not announced.
+                Then::Announce { key, birth } if result == ApplyResult::Applied => {
+                    self.announce_end(key, birth)
+                }
+                Then::Forget { key, birth } if result == ApplyResult::Applied => {
+                    self.forget_unprotected(&key, birth)
+                }
+                Then::Announce { .. } | Then::Forget { .. } => {}
+                Then::Record(record) => {
+                    if result == ApplyResult::Applied {
+                        self.replicate(record);
+                    }
+                }
+                Then::Received { place, record, hint } => match result {
+                    ApplyResult::Applied => {
+                        self.counters.applied += 1;
+                        if hint {
+                            self.replicate(record);
+                        } else if let Some(from) = from {
+                            self.pass_on(record, from, whole_table);
+                        }
+                    }
+                    ApplyResult::Stale => {}
+                    ApplyResult::Full => refused.push((place, Refusal::Full)),
+                    ApplyResult::UnknownBackend => refused.push((place, Refusal::UnknownBackend)),
+                },
+            }
+        }
+        self.acknowledge(pending.origin, refused);
+    }
+
+    /// Takes the answer to a [`Lookup`], one for each key: the record in the flow table, if there is one.
+    pub fn handle_lookup(&mut self, now: Instant, id: u64, records: &[Option<Record>]) {
+        self.advance(now);
+        let Some(question) = self.inbound.questions.remove(&id) else { return };
+        if self.peers.get(&question.peer).is_none_or(|peer| peer.epoch != question.epoch) {
+            return;
+        }
+        for ((key, birth), record) in question.asked.into_iter().zip(records) {
+            // A later birth is another life of the tuple: of the one asked for we have nothing.
+            let alive = record.as_ref().filter(|record| record.birth != 0 && record.birth <= birth);
+            let idle_ms = alive.map(|record| record.idle_ms);
+            self.push(question.peer, Item::IdleReply { key, birth, idle_ms });
+        }
+    }
+
+    pub(super) fn handle_frame(&mut self, from: MemberId, epoch: u64, frame: Frame) -> Result<(), PeerError> {
+        if !self.is_enabled() {
+            self.counters.ignored += 1;
+            return Ok(());
+        }
+        match frame {
+            Frame::Batch { seq, items } => {
+                self.handle_items(from, Origin::Batch { peer: from, epoch, seq }, items)
+            }
+            Frame::Chunk { id, items } => {
+                self.handle_items(from, Origin::Chunk { peer: from, epoch, id }, items)
+            }
+            Frame::Control(Control::Ack { seq, refused }) => {
+                self.handle_ack(from, seq, refused);
+                Ok(())
+            }
+            Frame::Control(Control::ChunkAck { id, refused }) => {
+                self.handle_chunk_ack(from, id, refused);
+                Ok(())
+            }
+        }
+    }
+
+    fn handle_items(&mut self, from: MemberId, origin: Origin, items: Vec<Item>) -> Result<(), PeerError> {
+        if self.inbound.unapplied.get(&from).is_some_and(|&frames| frames >= MAX_INBOUND)
+            || self.inbound.lookups.len() + self.inbound.questions.len()
+                >= MAX_INBOUND * self.peers.len().max(1)
+        {
+            return Err(PeerError::Window);
+        }
+        self.counters.items_received += items.len() as u64;
+        let wall_ms = self.wall_ms();
+        let local_caches = self.view.as_ref().is_some_and(|view| view.caches.contains(&self.config.local));
+        let mut applies = Vec::with_capacity(items.len());
+        let mut then = Vec::with_capacity(items.len());
+        let mut asked = Vec::new();
+        for (place, item) in (0u16..).zip(items) {
+            let birth = match item {
+                Item::Associate { record, .. } => record.birth,
+                Item::End { birth, .. } => birth,
+                Item::Hint { .. } | Item::Touch { .. } | Item::IdleQuery { .. } | Item::IdleReply { .. } => 0,
+            };
+            if !self.clock.observe(wall_ms, birth) {
+                self.counters.clock_ahead += 1;
+            }
+            match item {
+                Item::Associate { record, .. } if record.birth == 0 => self.counters.misplaced += 1,
+                Item::Associate { record, .. } if self.ended.bars(&record.key, record.birth) => {
+                    self.counters.barred += 1;
+                }
+                Item::Associate { record, cache: true } => {
+                    applies.push(Apply::CacheUpsert(record));
+                    then.push(Then::Nothing);
+                }
+                Item::Associate { record, cache: false } => {
+                    applies.push(Apply::Upsert(record));
+                    then.push(Then::Received { place, record, hint: false });
+                }
+                Item::Hint { mut record } => {
+                    if !self.holders(&record.key).contains(&Some(self.config.local)) {
+                        self.counters.misplaced += 1;
+                        continue;
+                    }
+                    // Whatever the sender says, a flow nobody knew is recovered, and born here and now.
+                    record.flags = record.flags.with(FlowFlags::RECOVERED, true);
+                    record.birth = self.clock.stamp(wall_ms);
+                    record.update = 0;
+                    applies.push(Apply::Upsert(record));
+                    then.push(Then::Received { place, record, hint: true });
+                }
+                Item::End { key, birth, cache } => {
+                    self.note_end(&key, birth);
+                    if !cache {
+                        applies.push(Apply::Remove { key, birth, min_idle_ms: 0 });
+                        then.push(Then::Nothing);
+                    }
+                    if cache || local_caches {
+                        applies.push(Apply::CacheRemove { key });
+                        then.push(Then::Nothing);
+                    }
+                }
+                Item::Touch { key, birth, idle_ms } => {
+                    if !self.ended.bars(&key, birth) {
+                        applies.push(Apply::Touch { key, idle_ms });
+                        then.push(Then::Nothing);
+                    }
+                }
+                Item::IdleQuery { key, birth } => asked.push((key, birth)),
+                Item::IdleReply { key, birth, idle_ms } => self.handle_idle_reply(from, &key, birth, idle_ms),
+            }
+        }
+        if !asked.is_empty() {
+            self.inbound.next_id += 1;
+            let id = self.inbound.next_id;
+            let epoch = self.peers.get(&from).map_or(0, |peer| peer.epoch);
+            let keys = asked.iter().map(|&(key, _)| key).collect();
+            self.inbound.lookups.push_back((Lookup { id, keys }, Question { peer: from, epoch, asked }));
+        }
+        if applies.is_empty() {
+            self.acknowledge(origin, Vec::new());
+        } else {
+            self.inbound.push(Some(from), applies, Pending { origin, then });
+        }
+        Ok(())
+    }
+
+    /// Sends the acknowledgement, unless the connection it belongs to is gone.
+    fn acknowledge(&mut self, origin: Origin, refused: Vec<(u16, Refusal)>) {
+        let (peer, epoch, control) = match origin {
+            Origin::Local => return,
+            Origin::Batch { peer, epoch, seq } => (peer, epoch, Control::Ack { seq, refused }),
+            Origin::Chunk { peer, epoch, id } => (peer, epoch, Control::ChunkAck { id, refused }),
+        };
+        if let Some(peer) = self.peers.get_mut(&peer)
+            && peer.connected
+            && peer.epoch == epoch
+        {
+            peer.controls.push_back(control);
+        }
+    }
+
+    fn handle_ack(&mut self, from: MemberId, seq: u64, refused: Vec<(u16, Refusal)>) {
+        let Some((_, items)) = self.peers.get_mut(&from).and_then(|peer| peer.inflight.remove(&seq)) else {
+            return;
+        };
+        let refused: BTreeSet<u16> = refused.into_iter().map(|(place, _)| place).collect();
+        for (place, item) in (0u16..).zip(items) {
+            if let Item::Associate { record, cache: false } = item
+                && !refused.contains(&place)
+            {
+                self.note_held(from, &record);
+            }
+        }
+        self.note_refused(from, refused.len());
+    }
+
+    fn handle_chunk_ack(&mut self, from: MemberId, id: u64, refused: Vec<(u16, Refusal)>) {
+        let refused: BTreeSet<u16> = refused.into_iter().map(|(place, _)| place).collect();
+        let transfer = self.peers.get_mut(&from).and_then(|peer| peer.transfer.as_mut());
+        let Some(held) = transfer.and_then(|transfer| transfer.handle_ack(id, &refused)) else { return };
+        for record in &held {
+            self.note_held(from, record);
+        }
+        self.note_refused(from, refused.len());
+        self.finish_transfers();
+    }
+
+    fn note_refused(&mut self, peer: MemberId, refused: usize) {
+        if refused > 0 {
+            self.counters.refused += refused as u64;
+            self.events.push_back(Event::PeerFull { peer, refused });
+        }
+    }
+
+    /// `peer` holds this version: if it is the backup of a flow of ours, the flow is protected.
+    fn note_held(&mut self, peer: MemberId, record: &Record) {
+        if self.backup_of_own(&record.key) != Some(peer) {
+            return;
+        }
+        let (key, birth, update) = (record.key, record.birth, record.update);
+        // A later version that waits for its own acknowledgement stays unprotected.
+        if self.unprotected.get(&key).is_some_and(|&(b, u)| b != birth || u > update) {
+            return;
+        }
+        self.unprotected.remove(&key);
+        self.inbound.push_local(Apply::Protect { key, birth, update }, Then::Nothing);
+    }
+
+    /// A peer's record was news to us: tell those who should have it and may not.
+    ///
+    /// Views differ for a moment, and one change may follow another before its transfers are done. So who receives a record late
+    /// does with it what it would have done had it held it when the view changed. This ends, because what is no news goes no further.
+    fn pass_on(&mut self, record: Record, from: MemberId, whole_table: bool) {
+        let Some(view) = &self.view else { return };
+        let local = Some(self.config.local);
+        let row = view.ranking.row_of(&record.key);
+        let new = view.ranking.holders(row);
+        let mut to: Vec<MemberId> = Vec::new();
+        if let Some(previous) = &view.previous {
+            let old = previous.holders(previous.row_of(&record.key));
+            let sender = old.into_iter().flatten().find(|member| view.live.contains(member));
+            if sender == local {
+                to.extend(holders_of(&*view.ranking, row).filter(|&member| !old.contains(&Some(member))));
+            }
+        }
+        if !new.contains(&local) {
+            to.extend(new.into_iter().flatten());
+        } else if new[0] == local {
+            if new[1] == Some(from) {
+                self.note_held(from, &record);
+            } else if whole_table {
+                // The sender of a transfer table is not our backup: learn whether our backup has the flow by offering it.
+                to.extend(new[1]);
+            }
+        }
+        to.sort_unstable();
+        to.dedup();
+        for member in to.into_iter().filter(|&member| member != from) {
+            if self.backup_of_own(&record.key) == Some(member) {
+                self.unprotected.insert(record.key, (record.birth, record.update));
+            }
+            self.push(member, Item::Associate { record, cache: false });
+        }
+    }
+}

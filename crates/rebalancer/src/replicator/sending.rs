@@ -1,0 +1,214 @@
+//! Transfer tables on their way to one peer, and the pace of all of them.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
+
+use phalanx_flow::{MemberId, Record};
+
+use super::aged;
+use crate::codec::{Item, MAX_ITEMS};
+
+/// Chunks on their way to one peer without an acknowledgement.
+pub(super) const CHUNK_WINDOW: usize = 8;
+/// A chunk is a twentieth of a second's records, so that pacing is smooth, and at most a frame.
+const CHUNKS_PER_SECOND: u32 = 20;
+
+/// How far a transfer to one member has come; counted in records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TransferProgress {
+    /// The receiver.
+    pub to: MemberId,
+    /// Sent at least once.
+    pub sent: usize,
+    /// Applied in the receiver's forwarder, or refused by it.
+    pub acked: usize,
+    /// Of `acked`, those the receiver refused (its table is full, or it cannot reach the backend).
+    pub refused: usize,
+    /// All that is to be sent.
+    pub total: usize,
+}
+
+/// A record to be sent, with when its idle time was read.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    record: Record,
+    at: Instant,
+    cache: bool,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    records: Vec<Waiting>,
+    /// Whether the peer lost its connection since: send it again.
+    again: bool,
+}
+
+/// The transfer table for one peer.
+#[derive(Debug, Default)]
+pub(super) struct Transfer {
+    queue: VecDeque<Waiting>,
+    inflight: BTreeMap<u64, Chunk>,
+    again: BTreeSet<u64>,
+    sent: usize,
+    acked: usize,
+    refused: usize,
+    total: usize,
+}
+
+impl Transfer {
+    pub(super) fn add(&mut self, at: Instant, records: impl IntoIterator<Item = (Record, bool)>) {
+        let before = self.queue.len();
+        self.queue.extend(records.into_iter().map(|(record, cache)| Waiting { record, at, cache }));
+        self.total += self.queue.len() - before;
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        self.queue.is_empty() && self.inflight.is_empty()
+    }
+
+    /// Records not acknowledged yet.
+    pub(super) fn remaining(&self) -> usize {
+        self.total - self.acked
+    }
+
+    pub(super) fn progress(&self, to: MemberId) -> TransferProgress {
+        TransferProgress { to, sent: self.sent, acked: self.acked, refused: self.refused, total: self.total }
+    }
+
+    /// Marks all that is on its way to be sent again.
+    pub(super) fn handle_disconnected(&mut self) {
+        for (&id, chunk) in &mut self.inflight {
+            chunk.again = true;
+            self.again.insert(id);
+        }
+    }
+
+    /// Drops records that `ended` says have ended, from what has not been sent.
+    fn take(&mut self, max: usize, ended: impl Fn(&Record) -> bool) -> Vec<Waiting> {
+        let mut records = Vec::new();
+        while records.len() < max
+            && let Some(waiting) = self.queue.pop_front()
+        {
+            if ended(&waiting.record) {
+                self.sent += 1;
+                self.acked += 1;
+            } else {
+                records.push(waiting);
+            }
+        }
+        records
+    }
+
+    /// Whether there is something to be sent now, pace aside.
+    pub(super) fn wants_to_send(&self) -> bool {
+        !self.again.is_empty() || (!self.queue.is_empty() && self.inflight.len() < CHUNK_WINDOW)
+    }
+
+    /// The next chunk, its name from `next_id`; `None` if there is nothing to send or the pace forbids it.
+    pub(super) fn poll_chunk(
+        &mut self,
+        now: Instant,
+        pace: &mut Pace,
+        next_id: &mut u64,
+        ended: impl Fn(&Record) -> bool,
+    ) -> Option<(u64, Vec<Item>)> {
+        if let Some(&id) = self.again.first() {
+            let chunk = self.inflight.get_mut(&id)?;
+            if !pace.take(now, chunk.records.len()) {
+                return None;
+            }
+            self.again.remove(&id);
+            chunk.again = false;
+            return Some((id, items(&chunk.records, now)));
+        }
+        if !self.wants_to_send() || !pace.take(now, pace.chunk().min(self.queue.len())) {
+            return None;
+        }
+        let records = self.take(pace.chunk(), ended);
+        if records.is_empty() {
+            return None;
+        }
+        let id = *next_id;
+        *next_id += 1;
+        self.sent += records.len();
+        let items = items(&records, now);
+        self.inflight.insert(id, Chunk { records, again: false });
+        Some((id, items))
+    }
+
+    /// Takes the acknowledgement of a chunk and returns its records that hold at the receiver now; `None` if it is not on its way.
+    pub(super) fn handle_ack(&mut self, id: u64, refused: &BTreeSet<u16>) -> Option<Vec<Record>> {
+        let chunk = self.inflight.remove(&id)?;
+        self.again.remove(&id);
+        self.acked += chunk.records.len();
+        self.refused += refused.len().min(chunk.records.len());
+        let held = chunk.records.iter().enumerate().filter(|(place, waiting)| {
+            !waiting.cache && u16::try_from(*place).is_ok_and(|place| !refused.contains(&place))
+        });
+        Some(held.map(|(_, waiting)| waiting.record).collect())
+    }
+}
+
+fn items(records: &[Waiting], now: Instant) -> Vec<Item> {
+    records
+        .iter()
+        .map(|&Waiting { mut record, at, cache }| {
+            record.idle_ms = aged(record.idle_ms, at, now);
+            Item::Associate { record, cache }
+        })
+        .collect()
+}
+
+/// A token bucket over all transfers of one member, in records.
+#[derive(Debug)]
+pub(super) struct Pace {
+    rate: u32,
+    /// Records that may be sent, in billionths.
+    tokens: u128,
+    at: Instant,
+}
+
+/// One record in the unit of [`Pace::tokens`]: a rate in records per second times nanoseconds gives it exactly.
+const RECORD: u128 = 1_000_000_000;
+
+impl Pace {
+    pub(super) fn new(now: Instant, rate: NonZeroU32) -> Self {
+        let mut pace = Self { rate: rate.get(), tokens: 0, at: now };
+        pace.tokens = pace.chunk() as u128 * RECORD;
+        pace
+    }
+
+    /// Records in one chunk.
+    pub(super) fn chunk(&self) -> usize {
+        (self.rate / CHUNKS_PER_SECOND).clamp(1, MAX_ITEMS as u32) as usize
+    }
+
+    /// How much the bucket holds: two chunks, or what comes in while a driver sleeps for a twentieth of a second.
+    fn capacity(&self) -> u128 {
+        (2 * self.chunk() as u128).max(u128::from(self.rate / CHUNKS_PER_SECOND)) * RECORD
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.at).as_nanos();
+        self.at = self.at.max(now);
+        self.tokens = (self.tokens + passed * u128::from(self.rate)).min(self.capacity());
+    }
+
+    fn take(&mut self, now: Instant, records: usize) -> bool {
+        self.refill(now);
+        let cost = records as u128 * RECORD;
+        if self.tokens < cost {
+            return false;
+        }
+        self.tokens -= cost;
+        true
+    }
+
+    /// When a whole chunk may be sent.
+    pub(super) fn next_timeout(&self) -> Instant {
+        let missing = (self.chunk() as u128 * RECORD).saturating_sub(self.tokens);
+        let wait = missing.div_ceil(u128::from(self.rate));
+        self.at + Duration::from_nanos(u64::try_from(wait).unwrap_or(u64::MAX / 2))
+    }
+}

@@ -685,7 +685,7 @@ impl Control {
             ReplicationEvent::Overflow { peer } => {
                 let mut records = Vec::new();
                 self.forwarder.visit(&RowSet::All, &mut |record| records.push(*record));
-                let refill = plan_refill(self.config.member.id, peer, &*self.planner.current(), records);
+                let refill = plan_refill(&*self.planner.current(), peer, records);
                 tracing::warn!(%peer, records = refill.len(), "too much waited for a peer; it gets a table instead");
                 self.state.transferring = true;
                 self.replicator.begin_transfer(now, refill);

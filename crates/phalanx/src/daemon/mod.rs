@@ -8,6 +8,8 @@ pub mod membership;
 pub mod next_hops;
 pub mod peers;
 pub mod planner;
+#[cfg(feature = "rawsock")]
+mod rawsock;
 pub mod status;
 pub mod usable;
 
@@ -17,7 +19,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use phalanx_flow::score::{Best, Scoring};
 use phalanx_flow::table::BackupSite;
 use phalanx_forwarder::{Forwarder, Handoff, Plan};
@@ -27,7 +29,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use self::control::{End, Inboxes, Request, control};
-use self::membership::{Command, MembershipDriver};
+use self::membership::MembershipDriver;
 use self::next_hops::NextHopDriver;
 use self::peers::{Identity, Peers};
 use self::planner::{Fixed, Planner};
@@ -51,7 +53,7 @@ fn start_forwarder(config: &Config, plan: Plan) -> anyhow::Result<Arc<dyn Forwar
         #[cfg(not(feature = "rawsock"))]
         config::ForwarderKind::Rawsock => {
             let _ = plan;
-            bail!("forwarder.kind = \"rawsock\": this program was built without the feature rawsock")
+            anyhow::bail!("forwarder.kind = \"rawsock\": this program was built without the feature rawsock")
         }
     }
 }

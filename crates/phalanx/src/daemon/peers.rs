@@ -282,7 +282,7 @@ async fn run_link(
         Ok::<_, quinn::WriteError>(())
     };
     let read = async {
-        while let Some(chunk) = receive.read_chunk(64 << 10).await? {
+        while let Some(chunk) = receive.read_chunk(64 << 10, true).await? {
             let _ = shared.events.send(PeerEvent::Frame(peer, link, chunk.bytes.to_vec()));
         }
         Ok::<_, quinn::ReadError>(())
@@ -371,67 +371,6 @@ fn peer_fingerprint(connection: &quinn::Connection) -> anyhow::Result<Fingerprin
     let chain =
         identity.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| anyhow!("no X.509 certificate"))?;
     Ok(fingerprint(chain.first().context("no certificate")?))
-}
-
-async fn accept(shared: Arc<Shared>) {
-    while let Some(incoming) = shared.endpoint.accept().await {
-        let shared = Arc::clone(&shared);
-        tokio::spawn(async move {
-            let address = incoming.remote_address();
-            if let Err(error) = serve(shared, incoming).await {
-                tracing::debug!(%address, "connection from peer ended: {error:#}");
-            }
-        });
-    }
-}
-
-async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming) -> anyhow::Result<()> {
-    let connection = incoming.await?;
-    let print = peer_fingerprint(&connection)?;
-    let mut from = lock(&shared.by_fingerprint).get(&print).copied();
-    // A joiner may dial before its metadata has reached us.
-    for _ in 0..20 {
-        if from.is_some() {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        from = lock(&shared.by_fingerprint).get(&print).copied();
-    }
-    let Some(from) = from else {
-        connection.close(2_u32.into(), b"unknown certificate");
-        bail!("a certificate nobody gossips");
-    };
-    loop {
-        tokio::select! {
-            stream = connection.accept_uni() => {
-                let mut stream = stream?;
-                let events = shared.events.clone();
-                tokio::spawn(async move {
-                    let _ = events.send(PeerEvent::Opened(from));
-                    while let Ok(Some(chunk)) = stream.read_chunk(64 << 10, true).await {
-                        if events.send(PeerEvent::Frame(from, chunk.bytes.to_vec())).is_err() {
-                            break;
-                        }
-                    }
-                });
-            }
-            stream = connection.accept_bi() => {
-                let (mut send, mut receive) = stream?;
-                let events = shared.events.clone();
-                tokio::spawn(async move {
-                    let Ok(body) = receive.read_to_end(MAX_FRAME_BYTES).await else { return };
-                    let (reply, answer) = oneshot::channel();
-                    let _ = events.send(PeerEvent::Request { from, body, reply });
-                    if let Ok(answer) = answer.await {
-                        let _ = send.write_all(&answer).await;
-                        let _ = send.finish();
-                    } else {
-                        let _ = send.reset(0_u32.into());
-                    }
-                });
-            }
-        }
-    }
 }
 
 fn transport() -> anyhow::Result<Arc<quinn::TransportConfig>> {

@@ -93,18 +93,35 @@ pub fn of_frame<R: Reader + ?Sized>(frame: &R, offset: usize, length: usize) -> 
 
 /// The sum of `bytes`, on the host.
 pub fn of_slice(bytes: &[u8]) -> u64 {
-    // Words in the host's order are added whole and swapped once at the end (RFC 1071 §2 B).
-    let (words, rest) = bytes.as_chunks::<4>();
+    // Words in the host's order are added whole, each carry put back in, and swapped once at the end (RFC 1071 §2).
+    // Four chains, because each waits for its carries.
+    let (blocks, rest) = bytes.as_chunks::<32>();
+    let mut lanes = [0u64; 4];
+    for block in blocks {
+        let (words, _) = block.as_chunks::<8>();
+        for (lane, word) in lanes.iter_mut().zip(words) {
+            *lane = add(*lane, u64::from_ne_bytes(*word));
+        }
+    }
     let mut sum = 0u64;
-    for word in words {
-        sum = sum.wrapping_add(u64::from(u32::from_ne_bytes(*word)));
+    for lane in lanes {
+        sum = add(sum, lane);
     }
-    let mut tail = [0u8; 4];
-    for (to, from) in tail.iter_mut().zip(rest) {
-        *to = *from;
+    for part in rest.chunks(8) {
+        let mut word = [0u8; 8];
+        for (to, from) in word.iter_mut().zip(part) {
+            *to = *from;
+        }
+        sum = add(sum, u64::from_ne_bytes(word));
     }
-    sum = sum.wrapping_add(u64::from(u32::from_ne_bytes(tail)));
     u64::from(u16::from_be_bytes(fold(sum).to_ne_bytes()))
+}
+
+/// The ones' complement sum of two 64-bit words.
+#[inline(always)]
+const fn add(a: u64, b: u64) -> u64 {
+    let (sum, carry) = a.overflowing_add(b);
+    sum.wrapping_add(carry as u64)
 }
 
 /// The checksum of an IPv4 header without options; its own field is not counted.

@@ -7,7 +7,7 @@
 use alloc::vec::Vec;
 use core::cmp::Ordering;
 
-use crate::score::Scorer;
+use crate::score::{Bar, Scorer};
 
 /// Who is ranked, by what [`Scorer::value`] takes.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +31,11 @@ pub(crate) struct Place {
 
 impl Place {
     const EMPTY: Self = Self { value: 0, index: u32::MAX, weight: 0 };
+
+    #[inline(always)]
+    const fn score(&self) -> (u64, u32) {
+        (self.value, self.weight)
+    }
 }
 
 /// What comparing two places needs; apart from the rows, so that those can change meanwhile.
@@ -62,7 +67,7 @@ impl<I: Copy + Ord> Field<I> {
         if a.weight == 0 || b.weight == 0 {
             return a.weight != 0;
         }
-        match self.scorer.compare((a.value, a.weight), (b.value, b.weight)) {
+        match self.scorer.compare(a.score(), b.score()) {
             Ordering::Greater => true,
             Ordering::Less => false,
             Ordering::Equal => self.id(a.index) > self.id(b.index),
@@ -82,7 +87,10 @@ impl<I: Copy + Ord> Field<I> {
                 *other = place;
             }
         }
-        if best.last().is_none_or(|last| !self.beats(&place, last)) {
+        let below = |last: &Place| {
+            self.scorer.surely_below(place.score(), &Bar::new(last.score())) || !self.beats(&place, last)
+        };
+        if best.last().is_none_or(below) {
             return;
         }
         let mut carried = place;
@@ -99,10 +107,20 @@ impl<I: Copy + Ord> Field<I> {
         if let Some(other) = other.as_deref_mut() {
             *other = Place::EMPTY;
         }
+        let mut last_bar = Bar::new(Place::EMPTY.score());
+        let mut other_bar = last_bar;
         for (index, candidate) in (0_u32..).zip(&self.candidates) {
-            if candidate.weight != 0 {
-                self.offer(best, other.as_deref_mut(), self.place(row, index, candidate));
+            if candidate.weight == 0 {
+                continue;
             }
+            let place = self.place(row, index, candidate);
+            let below = |bar: &Bar| self.scorer.surely_below(place.score(), bar);
+            if below(&last_bar) && (other.is_none() || below(&other_bar)) {
+                continue;
+            }
+            self.offer(best, other.as_deref_mut(), place);
+            last_bar = best.last().map_or(last_bar, |last| Bar::new(last.score()));
+            other_bar = other.as_deref().map_or(other_bar, |other| Bar::new(other.score()));
         }
     }
 }
@@ -176,7 +194,7 @@ impl<I: Copy + Ord, const K: usize> Ranking<I, K> {
             *entry = Some(id);
         }
         if candidate.weight != 0 {
-            self.refresh(index, &candidate, false);
+            self.refresh(index, &candidate, 0);
         }
     }
 
@@ -247,25 +265,44 @@ impl<I: Copy + Ord, const K: usize> Ranking<I, K> {
         if candidate.weight == weight {
             return;
         }
-        let ranked = candidate.weight != 0;
+        let previous = candidate.weight;
         candidate.weight = weight;
         let candidate = *candidate;
-        self.refresh(index, &candidate, ranked);
+        self.refresh(index, &candidate, previous);
     }
 
-    /// Brings every row up to date after the candidate at `index` changed; `ranked`: it was ranked before.
-    fn refresh(&mut self, index: u32, candidate: &Candidate, ranked: bool) {
+    /// Brings every row up to date after the weight of the candidate at `index` changed from `previous` (0: it was not ranked).
+    fn refresh(&mut self, index: u32, candidate: &Candidate, previous: u32) {
         let mut others = self.others.iter_mut();
         for (row, best) in (0_u32..).zip(&mut self.rows) {
             let other = others.next();
-            let held = ranked
-                && (best.iter().any(|place| place.index == index)
-                    || other.as_ref().is_some_and(|other| other.index == index));
-            if held {
-                self.field.scan(row, best, other);
-            } else if candidate.weight != 0 {
+            let is_it = |place: &Place| place.index == index;
+            if previous != 0 && (best.iter().any(is_it) || other.as_deref().is_some_and(is_it)) {
+                // Who rises from its place needs no look at the others, only to be put in again above.
+                let rises = self.field.scorer.is_strict() && candidate.weight > previous;
+                if !rises {
+                    self.field.scan(row, best, other);
+                    continue;
+                }
+                take_out(best, index);
+            }
+            if candidate.weight != 0 {
                 self.field.offer(best, other, self.field.place(row, index, candidate));
             }
+        }
+    }
+}
+
+/// Takes the candidate at `index` out of a row, if it is there, and closes the gap.
+fn take_out<const K: usize>(best: &mut [Place; K], index: u32) {
+    if !best.iter().any(|place| place.index == index) {
+        return;
+    }
+    let mut carried = Place::EMPTY;
+    for place in best.iter_mut().rev() {
+        core::mem::swap(place, &mut carried);
+        if carried.index == index {
+            return;
         }
     }
 }

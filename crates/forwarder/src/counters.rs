@@ -167,6 +167,13 @@ impl SharedCounters {
         self.outcomes[outcome as usize].fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Counts packets of the outcome with this number.
+    pub(crate) fn add_outcomes(&self, outcome: usize, packets: u64) {
+        if let Some(counter) = self.outcomes.get(outcome) {
+            counter.fetch_add(packets, Ordering::Relaxed);
+        }
+    }
+
     /// Counts a packet dropped.
     pub fn count_drop(&self, reason: Drop) {
         self.add_drops(reason, 1);

@@ -10,6 +10,7 @@ pub mod counters;
 pub mod engine;
 pub mod memory;
 pub mod plan;
+pub mod rewrite;
 
 use std::time::Duration;
 

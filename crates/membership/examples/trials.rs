@@ -1,5 +1,5 @@
 //! The long runs behind `docs/operating/membership.md`: `cargo run --release -p phalanx-membership --example trials -- all`.
-//! Exits with status 1 if a target of the LAN profile is missed.
+//! The second argument is the only size of cluster to try, if given. Exits with status 1 if a target of the LAN profile is missed.
 use std::{
     env,
     process::ExitCode,
@@ -17,18 +17,21 @@ const TRIALS: u64 = 100;
 
 fn main() -> ExitCode {
     let mode = env::args().nth(1).unwrap_or_else(|| "all".to_owned());
+    let only = env::args().nth(2).and_then(|members| members.parse().ok());
     #[expect(
         clippy::disallowed_methods,
         reason = "virtual time has to start somewhere; nothing depends on where"
     )]
     let epoch = Instant::now();
     let result = match mode.as_str() {
-        "kill" => kills(epoch),
-        "quiet" => quiets(epoch),
+        "kill" => kills(epoch, only),
+        "quiet" => quiets(epoch, only),
         "stall" => stalls(epoch),
-        "all" => kills(epoch).and_then(|a| Ok(a & stalls(epoch)?)).and_then(|a| Ok(a & quiets(epoch)?)),
+        "all" => kills(epoch, only)
+            .and_then(|good| Ok(good & stalls(epoch)?))
+            .and_then(|good| Ok(good & quiets(epoch, only)?)),
         _ => {
-            eprintln!("usage: trials [kill|stall|quiet|all]");
+            eprintln!("usage: trials [kill|stall|quiet|all] [members]");
             return ExitCode::from(2);
         }
     };
@@ -49,18 +52,22 @@ fn profiles(loss: f64) -> [(Timing, Network); 2] {
     [(Timing::lan(), Network::lan(loss)), (Timing::wan(), Network::wan(loss))]
 }
 
+fn sizes(all: &[u32], only: Option<u32>) -> Vec<u32> {
+    only.map_or_else(|| all.to_vec(), |members| vec![members])
+}
+
 fn seconds(duration: Duration) -> String {
     format!("{:.2}", duration.as_secs_f64())
 }
 
-fn kills(epoch: Instant) -> Result<bool, TrialError> {
+fn kills(epoch: Instant, only: Option<u32>) -> Result<bool, TrialError> {
     println!(
         "| profile | members | loss | suspected by all: p50 | p99 | max | first confirmed: min | confirmed by all: p50 | p99 | max |"
     );
     println!("|-|-|-|-|-|-|-|-|-|-|");
     let mut good = true;
     for (timing, network) in profiles(0.01) {
-        for members in [2, 3, 10, 100] {
+        for members in sizes(&[2, 3, 10, 100], only) {
             let (mut suspected, mut confirmed, mut first) = (Vec::new(), Vec::new(), Vec::new());
             for seed in 0..TRIALS {
                 let kill = trial::kill(epoch, &timing, network, members, seed)?;
@@ -120,7 +127,7 @@ fn stalls(epoch: Instant) -> Result<bool, TrialError> {
     Ok(good)
 }
 
-fn quiets(epoch: Instant) -> Result<bool, TrialError> {
+fn quiets(epoch: Instant, only: Option<u32>) -> Result<bool, TrialError> {
     println!(
         "\n| profile | members | loss | virtual time | false confirmations | suspicions | renewals | datagrams/s | bytes/s | shortest lease left |"
     );
@@ -128,7 +135,7 @@ fn quiets(epoch: Instant) -> Result<bool, TrialError> {
     let mut good = true;
     for loss in [0.01, 0.05] {
         for (timing, network) in profiles(loss) {
-            for members in [10, 100] {
+            for members in sizes(&[10, 100], only) {
                 let quiet = trial::quiet(epoch, &timing, network, members, 1, Duration::from_secs(3600))?;
                 println!(
                     "| {} | {members} | {} % | 1 h | {} | {} | {} | {:.0} | {:.0} | {} s |",

@@ -292,3 +292,61 @@ pub(crate) fn timing_digest(timing: &Timing) -> Digest {
     }
     Digest::of(&bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Config {
+        let keys = KeyRing::new(vec![[1; 32]]).unwrap();
+        Config::new(MemberId(1), ([10, 0, 0, 1], 7946).into(), keys)
+    }
+
+    #[test]
+    fn the_defaults_and_both_profiles_are_good() {
+        assert_eq!(good().validate(), Ok(()));
+        assert_eq!(Config { timing: Timing::wan(), ..good() }.validate(), Ok(()));
+    }
+
+    #[test]
+    fn every_bad_field_is_refused_by_name() {
+        let bad = |change: fn(&mut Config)| {
+            let mut config = good();
+            change(&mut config);
+            config.validate().unwrap_err().to_string()
+        };
+        for (sentence, word) in [
+            (bad(|config| config.address = ([0, 0, 0, 0], 1).into()), "gossip address"),
+            (bad(|config| config.address.set_port(0)), "gossip address"),
+            (bad(|config| config.seeds = vec![config.address; 257]), "seeds"),
+            (bad(|config| config.metadata.site = "x".repeat(65)), "site"),
+            (bad(|config| config.metadata.version = "x".repeat(65)), "version"),
+            (bad(|config| config.id_interval = Duration::from_millis(99)), "id_interval"),
+            (bad(|config| config.timing.lease = config.timing.confirm_after), "lease"),
+            (bad(|config| config.timing.probe_timeout = config.timing.probe_period), "probe_timeout"),
+            (bad(|config| config.timing.indirect_probes = 0), "indirect_probes"),
+            (bad(|config| config.timing.gossip_interval = Duration::ZERO), "gossip_interval"),
+            (bad(|config| config.timing.push_pull = Duration::ZERO), "push_pull"),
+        ] {
+            assert!(sentence.contains(word), "{sentence}");
+        }
+    }
+
+    #[test]
+    fn what_must_be_equal_is_digested_field_by_field() {
+        let base = Shared::default();
+        let fields: [(SharedField, Shared); 4] = [
+            (SharedField::HashSeed, Shared { hash_seed: Digest(1), ..base.clone() }),
+            (SharedField::Scoring, Shared { scoring: Digest(1), ..base.clone() }),
+            (SharedField::Rows, Shared { rows: Digest(1), ..base.clone() }),
+            (SharedField::Services, Shared { services: Digest(1), ..base.clone() }),
+        ];
+        for (field, other) in fields {
+            assert_eq!(base.first_difference(&other), Some(field));
+            assert_ne!(base.digest(Digest(0)), other.digest(Digest(0)));
+        }
+        assert_eq!(base.first_difference(&base.clone()), None);
+        assert_ne!(base.digest(Digest(0)), base.digest(Digest(1)));
+        assert_ne!(timing_digest(&Timing::lan()), timing_digest(&Timing::wan()));
+    }
+}

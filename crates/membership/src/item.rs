@@ -58,8 +58,27 @@ impl Metadata {
 
     /// Whether `other` differs in more than the counters, which need not be told at once.
     pub(crate) fn differs_from(&self, other: &Self) -> bool {
-        let counted = Self { flows: other.flows, unprotected: other.unprotected, ..self.clone() };
-        counted != *other
+        // All fields by name, so that a new one is not forgotten here.
+        let Self {
+            weight,
+            site,
+            admin_address,
+            transfer_address,
+            fingerprint,
+            cache,
+            version,
+            backends,
+            flows: _,
+            unprotected: _,
+        } = self;
+        *weight != other.weight
+            || *site != other.site
+            || *admin_address != other.admin_address
+            || *transfer_address != other.transfer_address
+            || *fingerprint != other.fingerprint
+            || *cache != other.cache
+            || *version != other.version
+            || *backends != other.backends
     }
 }
 
@@ -124,14 +143,14 @@ pub(crate) struct Known {
 pub(crate) struct Items {
     own: MemberId,
     known: BTreeMap<MemberId, Known>,
-    changed: bool,
+    changed: Vec<MemberId>,
     /// Somebody holds an item of ours from a later session than this one.
     outlived_by: u64,
 }
 
 impl Items {
     pub(crate) fn new(own: MemberId) -> Self {
-        Self { own, known: BTreeMap::new(), changed: false, outlived_by: 0 }
+        Self { own, known: BTreeMap::new(), changed: Vec::new(), outlived_by: 0 }
     }
 
     pub(crate) fn get(&self, id: MemberId) -> Option<&Known> {
@@ -142,8 +161,8 @@ impl Items {
         self.known.values()
     }
 
-    /// Whether anything changed since last asked.
-    pub(crate) fn take_changed(&mut self) -> bool {
+    /// Whose items changed since last asked.
+    pub(crate) fn take_changed(&mut self) -> Vec<MemberId> {
         std::mem::take(&mut self.changed)
     }
 
@@ -188,7 +207,7 @@ impl Items {
                 bytes: bytes.into(),
             },
         );
-        self.changed = true;
+        self.changed.push(head.id);
         Ok(Some(head))
     }
 }

@@ -15,20 +15,25 @@ use crate::{
     config::{Config, ConfigError, Digest, Shared, SharedField, timing_digest},
     event::{Counters, Event, Transmit, Warning},
     identity::Identity,
-    item::{Board, Item, ItemHead, MemberState, Metadata},
+    item::{Board, MemberState, Metadata},
     seal::{KeyRing, Life, Seal},
     view::View,
     wire::{KIND_CONTROL, KIND_FOCA, MAX_PUSH_PULL_MEMBERS, PushPull, PushPullError},
 };
 
 mod join;
+mod publish;
 mod refresh;
 mod swim;
 
 use swim::{Io, Ping, Swim};
 
-/// Changed metadata is told at once, but not more often than this: a mass join changes every member's view digest many times.
+/// Changed metadata is told at once, but not more often than this for every [`SPACING_CROWD`] members: when many join together,
+/// every join changes every member's view digest.
 const PUBLISH_SPACING: Duration = Duration::from_millis(250);
+
+/// See [`PUBLISH_SPACING`].
+const SPACING_CROWD: usize = 16;
 
 /// Above this many members the ID messages are stretched in proportion.
 const ID_CROWD: usize = 64;
@@ -300,6 +305,9 @@ impl Membership {
     /// An echo through `peer`'s forwarder came back, or did not in time. One a probe period is expected.
     pub fn handle_echo_result(&mut self, now: Instant, peer: MemberId, ok: bool) {
         self.catch_up(now);
+        if !self.is_member(peer) {
+            return;
+        }
         let losses = self.echo_losses.entry(peer).or_default();
         let failing = *losses >= ECHO_LOSSES;
         *losses = if ok { 0 } else { losses.saturating_add(1) };
@@ -590,90 +598,6 @@ impl Membership {
 
     fn send_control(&mut self, to: SocketAddr, message: &crate::wire::Control) {
         self.send(to, KIND_CONTROL, &encode(message));
-    }
-
-    // What we say of ourselves.
-
-    fn publish_if_due(&mut self, now: Instant) {
-        let spaced = self.published.is_none_or(|at| now.saturating_duration_since(at) >= PUBLISH_SPACING);
-        if self.publish_soon && spaced {
-            self.publish(now);
-        }
-    }
-
-    fn publish(&mut self, now: Instant) {
-        self.version += 1;
-        self.published = Some(now);
-        self.publish_soon = false;
-        let identity = self.identity();
-        let item = Item {
-            head: ItemHead {
-                id: identity.id,
-                boot: identity.boot,
-                session: self.seal.sealer.life().session,
-                version: self.version,
-            },
-            state: self.state,
-            view_digest: self.view.digest,
-            metadata: self.config.metadata.clone(),
-        };
-        let bytes = encode(&item);
-        // Refused only if it were too long, which validated metadata never is.
-        self.drive(now, |swim, _| swim.add_broadcast(&bytes).map(|_| ()));
-    }
-
-    fn enter(&mut self, now: Instant, state: MemberState) {
-        self.state = state;
-        self.events.push_back(Event::StateChanged(state));
-        self.publish(now);
-    }
-
-    /// Keeps what is remembered of former members in proportion to the present ones.
-    fn forget_strangers(&mut self) {
-        let most = self.view.members.len() * 2 + STRANGERS_KEPT;
-        if self.acquaintances.len() > most {
-            self.acquaintances.retain(|id, _| self.view.get(*id).is_some());
-        }
-        let mut items = self.board.lock();
-        if items.iter().count() > most {
-            items.retain(|id| self.view.get(id).is_some());
-        }
-    }
-
-    fn wish_push_pull(&mut self) {
-        let own = self.config.id;
-        let candidates: Vec<_> = self
-            .view
-            .members
-            .iter()
-            .filter(|member| member.id != own && !member.suspected)
-            .filter_map(|member| member.metadata.transfer_address.map(|address| (member.id, address)))
-            .collect();
-        if !candidates.is_empty() {
-            let (with, address) = candidates[self.rng.random_range(0..candidates.len())];
-            self.events.push_back(Event::PushPull { with, address });
-        }
-    }
-
-    fn apply_push_pull(&mut self, now: Instant, bytes: &[u8]) -> Result<(), PushPullError> {
-        self.catch_up(now);
-        let message = PushPull::decode(bytes)?;
-        if message.shared != self.shared_digest && self.view.get(message.from.id).is_none() {
-            return Err(PushPullError::Refused(message.from.id));
-        }
-        if self.frozen.is_some() || self.departed || message.from.id == self.config.id {
-            return Ok(());
-        }
-        let members = message.members.into_iter().filter(|member| member.state() != foca::State::Down);
-        let members = members.chain([foca::Member::alive(message.from)]);
-        self.drive(now, |swim, io| swim.apply_many(members, true, io));
-        let mut items = self.board.lock();
-        // One that does not decode is left out; the others stand for themselves.
-        let bad = message.items.iter().filter(|item| items.receive(item, false).is_err()).count();
-        drop(items);
-        self.counters.damaged += u64::from(bad > 0);
-        self.settle(now);
-        Ok(())
     }
 }
 

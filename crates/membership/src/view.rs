@@ -86,6 +86,19 @@ impl View {
         let digest = digest(&members);
         Self { members, digest, distrusts_itself }
     }
+
+    /// Takes in what member `after.id` says anew of itself; returns what it said before, if that differs. Its liveness stays.
+    pub(crate) fn replace(&mut self, after: MemberView) -> Option<(MemberView, &MemberView)> {
+        let at = self.members.binary_search_by_key(&after.id, |member| member.id).ok()?;
+        let member = self.members.get_mut(at)?;
+        let after = MemberView { liveness: member.liveness, ..after };
+        let rank = |of: &MemberView| (of.state == MemberState::Active, of.metadata.weight);
+        let before = std::mem::replace(member, after);
+        if rank(&before) != rank(member) || before.metadata.site != member.metadata.site {
+            self.digest = digest(&self.members);
+        }
+        self.members.get(at).map(|after| (before, after))
+    }
 }
 
 /// Whether who doubts `doubted` of `others` should rather doubt itself: half of them or more (design §6).

@@ -51,10 +51,10 @@ fn a_killed_member_of_ten_is_suspected_in_800_ms_and_confirmed_in_3_s() {
 
 #[test]
 fn a_killed_member_of_a_hundred_is_suspected_in_800_ms_and_confirmed_in_3_s() {
-    let (suspected, confirmed) = kills(100, 5);
+    let (suspected, confirmed) = kills(100, 3);
     println!("suspected {suspected:?} confirmed {confirmed:?}");
-    assert!(suspected[4] <= Duration::from_millis(1000));
-    assert!(confirmed[4] <= Duration::from_secs(3));
+    assert!(suspected[2] <= Duration::from_millis(1000));
+    assert!(confirmed[2] <= Duration::from_secs(3));
 }
 
 #[test]

@@ -3,7 +3,8 @@ use std::time::{Duration, Instant};
 
 use phalanx_flow::{MemberId, member::Liveness};
 use phalanx_membership::{
-    Config, Digest, DownReason, Event, MemberState, Metadata, Refusal, SharedField, Timing, Warning,
+    Config, Digest, DownReason, Event, MemberState, Membership, Metadata, Refusal, SharedField, Timing,
+    Warning,
     harness::{Cluster, Network, address, config},
     trial,
 };
@@ -551,4 +552,35 @@ fn the_same_seed_gives_the_same_run() {
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));
+}
+
+#[test]
+fn every_command_in_every_state_leads_where_the_diagram_says() {
+    use MemberState::{Active, Joining, Leaving};
+    type Command = fn(&mut Membership, Instant);
+    let commands: [(&str, Command); 4] = [
+        ("activate", Membership::activate),
+        ("begin_leave", Membership::begin_leave),
+        ("leave", Membership::leave),
+        ("timeout", Membership::handle_timeout),
+    ];
+    let table = [
+        (Joining, [Active, Leaving, Leaving, Joining]),
+        (Active, [Active, Leaving, Leaving, Active]),
+        (Leaving, [Leaving, Leaving, Leaving, Leaving]),
+    ];
+    for (from, expected) in table {
+        for ((name, command), expected) in commands.iter().zip(expected) {
+            let now = epoch();
+            let mut membership = Membership::new(Config { hold_joining: true, ..lan(1) }, 1, now).unwrap();
+            match from {
+                Joining => {}
+                Active => membership.activate(now),
+                Leaving => membership.begin_leave(now),
+            }
+            assert_eq!(membership.state(), from);
+            command(&mut membership, now);
+            assert_eq!(membership.state(), expected, "{name} in {from:?}");
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -7,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, ConfigError};
-use crate::{check, keys, logging};
+use crate::{check, keys, logging, query};
 
 /// Exit status for a configuration or a machine that must be put right first.
 pub const EXIT_USAGE: u8 = 2;
@@ -81,8 +82,15 @@ pub fn main() -> ExitCode {
         Command::Run { config } => run(&config),
         Command::Check { file } => check::check(&file),
         Command::Keygen { file } => keygen(&file),
-        Command::Members(_) | Command::Services(_) | Command::Explain { .. } => {
-            fail("this build cannot ask a daemon yet")
+        Command::Members(Query { admin, json }) => {
+            answer(query::ask(admin, "/v1/members", json, query::members))
+        }
+        Command::Services(Query { admin, json }) => {
+            answer(query::ask(admin, "/v1/services", json, query::services))
+        }
+        Command::Explain { source, destination, protocol, query: Query { admin, json } } => {
+            let path = format!("/v1/explain?src={source}&dst={destination}&protocol={protocol}");
+            answer(query::ask(admin, &path, json, query::explain))
         }
     }
 }
@@ -123,6 +131,18 @@ pub(crate) fn refuse(errors: &[ConfigError]) -> ExitCode {
         eprintln!("{error}");
     }
     ExitCode::from(EXIT_USAGE)
+}
+
+/// Prints what a daemon answered.
+fn answer(answer: anyhow::Result<String>) -> ExitCode {
+    match answer {
+        Ok(text) => {
+            // A reader that has left (`| head`) is no failure.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(&format!("{error:#}")),
+    }
 }
 
 fn fail(message: &str) -> ExitCode {

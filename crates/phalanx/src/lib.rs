@@ -4,5 +4,8 @@ pub mod check;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod health;
+pub mod http;
 pub mod keys;
 pub mod logging;
+mod query;

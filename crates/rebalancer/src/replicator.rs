@@ -1,29 +1,32 @@
 //! Replication of associations, ends and touches, and the sending of transfer tables: one state machine per daemon.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::num::NonZeroU32;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use phalanx_flow::{FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, MemberId, Record};
 
-use crate::codec::{self, CodecError, Control, Frame, FrameDecoder, Item, Refusal};
+use crate::codec::{self, Control, Frame, FrameDecoder, Item, Refusal};
 use crate::hlc::Hlc;
-use crate::ranking::{Ranking, holders_of};
+use crate::ranking::holders_of;
 use crate::transfer::TransferPlan;
 
 mod ended;
+mod ending;
 mod idle;
 mod inbound;
 mod outbox;
 mod sending;
+mod types;
 
 use ended::Births;
-use idle::{BACKUP_WAIT, IdleFlows, OWNER_WAIT};
+use idle::IdleFlows;
 use inbound::{Inbound, Then};
 use outbox::Outbox;
 pub use sending::TransferProgress;
 use sending::{Pace, Transfer};
+pub use types::{
+    Apply, ApplyBatch, ApplyResult, Config, Counters, Event, Lookup, PeerError, Policy, ViewInput,
+};
 
 /// Items in one batch: 64 kB, so that an acknowledgement comes back soon and one batch holds up nothing for long.
 const BATCH_ITEMS: usize = 1024;
@@ -43,203 +46,7 @@ const ENDED_FOR: Duration = Duration::from_secs(120);
 const MAX_STAMPS: usize = 131_072;
 /// How long an event may be on its way from the forwarder to us.
 const STAMPS_FOR: Duration = Duration::from_secs(10);
-/// A holder that saw a packet later than we did by no more than this has seen nothing: records age by their transit when copied.
-const IDLE_SLACK_MS: u32 = 250;
-
 const _: () = assert!(BATCH_ITEMS <= codec::MAX_ITEMS);
-
-/// When a new flow is told to its backup.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Policy {
-    /// When the client has answered the server; a SYN flood makes no replication traffic.
-    #[default]
-    Established,
-    /// At the SYN, as the founding document has it \[430\].
-    Syn,
-}
-
-/// What does not change while a daemon runs.
-#[derive(Clone, Copy, Debug)]
-pub struct Config {
-    /// This member.
-    pub local: MemberId,
-    /// Records of transfer tables a second, over all receivers together.
-    pub transfer_rate: NonZeroU32,
-}
-
-/// The cluster as the local member sees it.
-#[derive(Clone)]
-pub struct ViewInput {
-    /// Who owns and backs up what.
-    pub ranking: Arc<dyn Ranking>,
-    /// The table before the last switch, while the handover window is open (design §6).
-    pub previous: Option<Arc<dyn Ranking>>,
-    /// Members not confirmed down, the local one among them or not.
-    pub live: BTreeSet<MemberId>,
-    /// Of these, those that SWIM suspects: hints go past them.
-    pub suspects: BTreeSet<MemberId>,
-    /// Members with `cache = "all"`.
-    pub caches: BTreeSet<MemberId>,
-    /// When a new flow is told to its backup.
-    pub policy: Policy,
-    /// `false` is the lab's `--no-replication` twin: nothing is sent at all, neither associations nor transfer tables.
-    pub enabled: bool,
-}
-
-/// One change to the forwarder's flow table (or cache).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Apply {
-    /// Hold this record unless [`Record::is_replaced_by`] says that the present one stays.
-    Upsert(Record),
-    /// Remove the entry, if it has this birth and no packet of it was seen for `min_idle_ms` milliseconds.
-    /// `Stale`: there is no such entry, or it lives.
-    Remove {
-        /// The flow.
-        key: FlowKey,
-        /// Another birth is another life: it stays.
-        birth: u64,
-        /// 0: whenever it was last seen.
-        min_idle_ms: u32,
-    },
-    /// A packet of the flow was seen elsewhere this long ago; never makes an entry look older.
-    Touch {
-        /// The flow.
-        key: FlowKey,
-        /// Milliseconds since the packet.
-        idle_ms: u32,
-    },
-    /// As [`Apply::Upsert`], into the cache.
-    CacheUpsert(Record),
-    /// Erase the cache's entry.
-    CacheRemove {
-        /// The flow.
-        key: FlowKey,
-    },
-    /// Give the entry this birth if it has none yet (0).
-    Stamp {
-        /// The flow.
-        key: FlowKey,
-        /// The birth.
-        birth: u64,
-    },
-    /// Set [`FlowFlags::PROTECTED`] if the entry still has this birth and update.
-    Protect {
-        /// The flow.
-        key: FlowKey,
-        /// The birth the backup acknowledged.
-        birth: u64,
-        /// The update the backup acknowledged.
-        update: u32,
-    },
-}
-
-/// What the forwarder did with one [`Apply`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ApplyResult {
-    /// It is so now.
-    Applied,
-    /// There was nothing to do: what is there is as new or newer, or there is nothing there.
-    Stale,
-    /// The table is full.
-    Full,
-    /// The backend cannot be reached from here.
-    UnknownBackend,
-}
-
-/// Changes to be made in order; [`Replicator::handle_applied`] takes the results.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ApplyBatch {
-    /// Names the batch.
-    pub id: u64,
-    /// Who asked for it; `None`: we did.
-    pub from: Option<MemberId>,
-    /// The changes.
-    pub items: Vec<Apply>,
-}
-
-/// Flows whose records are asked for; [`Replicator::handle_lookup`] takes the answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lookup {
-    /// Names the question.
-    pub id: u64,
-    /// The flows.
-    pub keys: Vec<FlowKey>,
-}
-
-/// What a driver may want to know or act on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// A peer refused records: its table is full or it cannot reach their backend. The flows stay unprotected.
-    PeerFull {
-        /// The peer.
-        peer: MemberId,
-        /// How many records.
-        refused: usize,
-    },
-    /// So much waits for a peer that records were dropped: when it is back, send it all that it should hold
-    /// ([`crate::transfer::plan_refill`]).
-    Overflow {
-        /// The peer.
-        peer: MemberId,
-    },
-    /// The transfer table to this member has been acknowledged whole.
-    TransferDone {
-        /// The receiver.
-        to: MemberId,
-        /// How far it came, refused records among them.
-        progress: TransferProgress,
-    },
-    /// The receiver is no longer alive; the next view's plan replaces the transfer.
-    TransferDropped {
-        /// The receiver.
-        to: MemberId,
-        /// Records it has not acknowledged.
-        records: usize,
-    },
-    /// No transfer is under way any more.
-    AllDone,
-}
-
-/// Why a peer's bytes were not taken. Nothing of the offending frame was applied; close the connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PeerError {
-    /// The bytes are not this protocol.
-    #[error(transparent)]
-    Codec(#[from] CodecError),
-    /// [`Replicator::handle_connected`] was not called.
-    #[error("data from a peer that is not connected")]
-    NotConnected,
-    /// The peer sends more than its windows allow, or the local forwarder has stopped applying.
-    #[error("more frames than the window allows wait for the forwarder")]
-    Window,
-}
-
-/// Counters, all since the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Items sent, repetitions included.
-    pub items_sent: u64,
-    /// Items received.
-    pub items_received: u64,
-    /// Frames sent.
-    pub frames_sent: u64,
-    /// Records received that made the local table newer.
-    pub applied: u64,
-    /// Records received of flows that have ended, not applied.
-    pub barred: u64,
-    /// Records that peers refused (full, or backend unknown).
-    pub refused: u64,
-    /// Records not queued because too much waits for the peer.
-    pub overflowed: u64,
-    /// Births more than a day ahead of our clock, not followed.
-    pub clock_ahead: u64,
-    /// Records received without a birth, or hints for flows we do not hold; not applied.
-    pub misplaced: u64,
-    /// Frames received while replication is switched off.
-    pub ignored: u64,
-    /// Idle entries removed because nobody answered in time.
-    pub unanswered: u64,
-}
 
 /// The replication half of a daemon, sans-io.
 ///
@@ -728,104 +535,6 @@ impl Replicator {
         if self.transferring && self.peers.values().all(|peer| peer.transfer.is_none()) {
             self.transferring = false;
             self.events.push_back(Event::AllDone);
-        }
-    }
-
-    // Idle and end.
-
-    fn expire(&mut self, record: Record, at_once: bool) {
-        match record.state {
-            // Half-open entries are many and worth little, and a reset flow has its answer: both go without asking.
-            FlowState::HalfOpen | FlowState::Reset => {
-                let announce = self.is_own(&record.key) && (at_once || self.is_worth_telling(&record));
-                self.remove(&record, announce);
-            }
-            FlowState::Established | FlowState::Closing => {
-                if self.idle.insert(self.now, record) {
-                    self.ask_again(&record.key);
-                }
-            }
-        }
-    }
-
-    /// Asks who else holds the waiting flow, or ends the waiting.
-    fn ask_again(&mut self, key: &FlowKey) {
-        let Some(waiting) = self.idle.get(key).copied() else { return };
-        let own = self.is_own(key);
-        let waited = self.now.saturating_duration_since(waiting.since);
-        let [owner, backup] = self.holders(key);
-        let other = if own { backup } else { owner }
-            .filter(|&member| member != self.config.local && self.is_live(member) && self.is_enabled());
-        match other {
-            // Nobody else can have seen it.
-            None => {
-                self.idle.remove(key);
-                self.remove(&waiting.record, own);
-            }
-            Some(_) if waited >= if own { BACKUP_WAIT } else { OWNER_WAIT } => {
-                self.counters.unanswered += 1;
-                self.idle.remove(key);
-                self.remove(&waiting.record, false);
-            }
-            Some(other) => {
-                self.push(other, Item::IdleQuery { key: *key, birth: waiting.record.birth });
-                self.idle.asked(self.now, key, Some(other));
-            }
-        }
-    }
-
-    fn handle_idle_reply(&mut self, from: MemberId, key: &FlowKey, birth: u64, theirs: Option<u32>) {
-        let Some(waiting) = self.idle.get(key).copied() else { return };
-        if waiting.asked != Some(from) || waiting.record.birth != birth {
-            return;
-        }
-        let ours = aged(waiting.record.idle_ms, waiting.since, self.now);
-        match theirs {
-            Some(theirs) if theirs.saturating_add(IDLE_SLACK_MS) < ours => {
-                self.idle.remove(key);
-                self.inbound.push_local(Apply::Touch { key: *key, idle_ms: theirs }, Then::Nothing);
-            }
-            // The owner has it and will end it; it is asked again meanwhile, in case a packet passes there.
-            Some(_) if !self.is_own(key) => {}
-            _ => {
-                let own = self.is_own(key);
-                self.idle.remove(key);
-                self.remove(&waiting.record, own);
-            }
-        }
-    }
-
-    /// Removes an idle entry here; the end is announced once the forwarder has agreed that it is idle.
-    fn remove(&mut self, record: &Record, announce: bool) {
-        let (key, birth) = (record.key, record.birth);
-        let then = if announce { Then::Announce { key, birth } } else { Then::Forget { key, birth } };
-        self.inbound.push_local(Apply::Remove { key, birth, min_idle_ms: record.idle_ms }, then);
-    }
-
-    fn announce_end(&mut self, key: FlowKey, birth: u64) {
-        let (holders, caches) = self.audience(&key);
-        self.note_end(&key, birth);
-        for to in holders {
-            self.push(to, Item::End { key, birth, cache: false });
-        }
-        for to in caches {
-            self.push(to, Item::End { key, birth, cache: true });
-        }
-    }
-
-    /// The flow has ended, whoever said so: nothing older is to be told or taken any more.
-    fn note_end(&mut self, key: &FlowKey, birth: u64) {
-        self.ended.insert(self.now, *key, birth);
-        self.idle.remove_life(key, birth);
-        self.forget_unprotected(key, birth);
-        for peer in self.peers.values_mut() {
-            peer.outbox.forget(key, birth);
-        }
-    }
-
-    fn forget_unprotected(&mut self, key: &FlowKey, birth: u64) {
-        if self.unprotected.get(key).is_some_and(|(known, _)| *known <= birth) {
-            self.unprotected.remove(key);
         }
     }
 

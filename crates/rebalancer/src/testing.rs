@@ -1,6 +1,7 @@
 //! What the tests of this crate share.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::time::Instant;
 
 use phalanx_flow::{BackendId, FlowFlags, FlowKey, FlowState, MemberId, Method, Record};
 
@@ -87,4 +88,13 @@ pub(crate) fn record(n: u16, to: u8) -> Record {
         flags: FlowFlags(0),
         idle_ms: 0,
     }
+}
+
+/// Where virtual time begins.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "an Instant can be had in no other way; nothing depends on which it is"
+)]
+pub(crate) fn epoch() -> Instant {
+    Instant::now()
 }

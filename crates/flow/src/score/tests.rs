@@ -22,7 +22,7 @@ fn the_logarithm_is_right() {
         let exact = 64.0 - (h as f64).log2();
         let found = neg_log2(h) as f64 / ONE as f64;
         worst = worst.max((found - exact).abs());
-        h = crate::siphash::siphash_8(KEY, step) >> (step % 64);
+        h = siphash_8(KEY, step) >> (step % 64);
         h = h.max(1);
     }
     assert!(worst < 2e-7, "{worst}");
@@ -34,6 +34,7 @@ fn the_logarithm_is_right() {
     }
     assert_eq!(neg_log2(1), 64 << FRACTION_BITS);
     assert_eq!(neg_log2(0), 64 << FRACTION_BITS);
+    assert!(neg_log2(u64::MAX) >= 1, "a cost of 0 would make weights worthless");
     assert_eq!(neg_log2(1 << 63), ONE);
     assert_eq!(neg_log2(1 << 62), 2 << FRACTION_BITS);
 }
@@ -181,6 +182,21 @@ proptest! {
     #[test]
     fn the_logarithm_is_monotone(a: u64, difference in 0_u64..1 << 40) {
         prop_assert!(neg_log2(a) >= neg_log2(a.saturating_add(difference)));
+    }
+
+    #[test]
+    fn what_is_surely_below_loses(a in hashes(), b in hashes(), weights in (weights(), weights())) {
+        prop_assert!(least_neg_log2(a) <= neg_log2(a));
+        let (a, b) = ((a, weights.0), (b, weights.1));
+        let scorer = Scorer::of(RENDEZVOUS);
+        let order = scorer.compare(a, b);
+        if order != Ordering::Less {
+            prop_assert!(!scorer.surely_below(a, &Bar::new(b)));
+        }
+        if order == Ordering::Less && weights.0 == weights.1 {
+            prop_assert!(scorer.surely_below(a, &Bar::new(b)));
+        }
+        prop_assert!(!scorer.surely_below(a, &Bar::new((0, 0))));
     }
 
     #[test]

@@ -1,19 +1,24 @@
 //! What every forwarder on the host shares: tables, plan lookup, events, and the ruling on one packet.
 //!
-//! [`Engine::rule`] parses nothing and sends nothing: it asks [`decide`], carries the decision out on the flow table, and says where the
-//! packet goes; the caller rewrites and sends it.
+//! [`Batch::rule`] parses nothing and sends nothing: it asks [`decide`] and carries the decision out on the flow table;
+//! [`Batch::target`] says where the packet goes, and [`crate::rewrite`] makes it go there.
 
+mod held;
 mod table;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
-use phalanx_flow::decide::{Action, Choice, Decision, HandOff, Local, Service, ServiceMatch, Tables, decide};
+use arc_swap::{ArcSwap, Guard};
+use hashbrown::HashMap;
+use phalanx_flow::decide::{
+    Action, Choice, Decision, HandOff, Local, OUTCOMES, Outcome, Service, ServiceMatch, Tables, decide,
+};
 use phalanx_flow::member::Liveness;
 use phalanx_flow::packet::Packet;
 use phalanx_flow::{
@@ -24,8 +29,10 @@ use phalanx_flow::{
 use crate::counters::SharedCounters;
 use crate::plan::{NextHop, NextHops, Plan, PlanBackend, PlanMember, PlanService};
 use crate::{Counters, Drop, InstallError, RowSet, Upserted};
+use held::Held;
+pub(crate) use held::HeldFrame;
 pub use table::TableLimits;
-use table::{FlowTable, Put};
+use table::{FlowTable, Put, Shard};
 
 /// Events that wait for the daemon at the most; what comes then is counted and found by the daemon's scan.
 const MAX_EVENTS: usize = 1 << 18;
@@ -33,6 +40,9 @@ const MAX_EVENTS: usize = 1 << 18;
 /// Fragmented packets whose ports are known at the most, and for how long they are kept (RFC 791 reassembly is slower; senders are not).
 const MAX_FRAGMENTED: usize = 4096;
 const FRAGMENT_LIFE_MS: u64 = 2_000;
+
+/// Tokens of hand-off echoes that wait for the daemon at the most.
+const MAX_ECHOES: usize = 4096;
 
 /// How often each share of the table is searched for expired entries, and how long the daemon has for its word on one.
 const SCAN_EVERY_MS: u64 = 1_000;
@@ -45,8 +55,9 @@ const ORPHAN_LIFE: Duration = Duration::from_secs(60);
 pub struct CompiledPlan {
     /// The plan.
     pub plan: Plan,
-    services: HashMap<([u8; 16], [u8; 2], u8), u32>,
+    services: HashMap<([u8; 16], [u8; 2], u8), Service>,
     addresses: HashMap<[u8; 16], ()>,
+    local_address: ([u8; 16], u8),
     slots: HashMap<MemberId, MemberSlot>,
     backends: HashMap<BackendId, BackendIndex>,
 }
@@ -55,9 +66,9 @@ impl CompiledPlan {
     /// Checks a plan and indexes it.
     pub fn new(plan: Plan) -> Result<Self, InstallError> {
         let wrong = |what: &str| Err(InstallError::Inconsistent(what.to_owned()));
-        if usize::from(plan.local.0) >= plan.members.len() {
+        let Some(local) = plan.members.get(usize::from(plan.local.0)) else {
             return wrong("the local member is not in it");
-        }
+        };
         if plan.rows.len() != plan.row_function.row_count() as usize {
             return wrong("the current table has another number of rows than the row function gives");
         }
@@ -67,18 +78,29 @@ impl CompiledPlan {
         if plan.services.iter().any(|service| service.slots.len() != crate::plan::SLOTS) {
             return wrong("a service has not one backend a slot");
         }
+        let local_address = phalanx_flow::key::octets(local.address);
         let mut services = HashMap::new();
         let mut addresses = HashMap::new();
-        for (index, service) in plan.services.iter().enumerate() {
+        for (index, service) in (0_u32..).zip(&plan.services) {
             let (address, _) = phalanx_flow::key::octets(service.address);
-            services.insert((address, service.port.to_be_bytes(), service.protocol), index as u32);
+            let read = Service {
+                index,
+                idle_ms: u32::try_from(service.idle.as_millis()).unwrap_or(u32::MAX),
+                replicate_syn: service.replicate_syn,
+            };
+            services.insert((address, service.port.to_be_bytes(), service.protocol), read);
             addresses.insert(address, ());
         }
         let slots =
             (0_u16..).zip(&plan.members).map(|(slot, member)| (member.id, MemberSlot(slot))).collect();
         let backends =
             (0_u32..).zip(&plan.backends).map(|(index, backend)| (backend.id, BackendIndex(index))).collect();
-        Ok(Self { plan, services, addresses, slots, backends })
+        Ok(Self { plan, services, addresses, local_address, slots, backends })
+    }
+
+    /// The address that hand-offs to us are sent to, IPv4 as mapped, and its family.
+    pub fn local_address(&self) -> ([u8; 16], u8) {
+        self.local_address
     }
 
     /// Whether packets to this address are ours.
@@ -108,22 +130,13 @@ impl CompiledPlan {
 
     /// The service of a flow.
     pub fn service_of(&self, key: &FlowKey) -> Option<&PlanService> {
-        let index = self.services.get(&(key.destination, key.destination_port, key.protocol))?;
-        self.service(*index)
+        let service = self.services.get(&(key.destination, key.destination_port, key.protocol))?;
+        self.service(service.index)
     }
 
     fn row_of(&self, key: &FlowKey, hash: u64) -> u32 {
         self.plan.row_function.row_of(key, hash)
     }
-}
-
-/// One packet's ruling: the decision, carried out on the flow table, and the plan it was made under.
-#[derive(Clone, Debug)]
-pub struct Ruling {
-    /// What was decided.
-    pub decision: Decision,
-    /// The plan it was decided under.
-    pub plan: Arc<CompiledPlan>,
 }
 
 /// Where a packet goes, with all that rewriting it needs.
@@ -162,15 +175,27 @@ pub enum Target {
 /// Tables, plan and events of one member on the host.
 #[derive(Debug)]
 pub struct Engine {
-    plan: ArcSwap<CompiledPlan>,
-    next_hops: ArcSwap<NextHops>,
+    /// Plan and next hops change as one, because positions in the one are positions in the other.
+    state: ArcSwap<State>,
+    installing: Mutex<()>,
     table: FlowTable,
     fragments: Mutex<Fragments>,
+    pub(crate) held: Mutex<Held>,
     events: Mutex<VecDeque<FlowEvent>>,
+    echoes: Mutex<Vec<u64>>,
     started: Instant,
     lease_until_ms: AtomicU64,
+    lease_term_ms: AtomicU64,
+    errors_sent: ErrorLimit,
+    next_identification: AtomicU64,
     /// Counters; the caller adds what only it sees.
     pub counters: SharedCounters,
+}
+
+#[derive(Debug)]
+struct State {
+    plan: Arc<CompiledPlan>,
+    next_hops: Arc<NextHops>,
 }
 
 #[derive(Debug, Default)]
@@ -179,74 +204,92 @@ struct Fragments {
     order: VecDeque<FlowKey>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The engine under one plan: what [`decide`] reads.
-struct View<'a> {
+/// What a forwarder reads while it works off a few packets: one plan, one moment, one lease.
+///
+/// Short-lived: whoever holds it sees no newer plan. Outcomes are counted when it is dropped.
+pub struct Batch<'a> {
     engine: &'a Engine,
-    plan: &'a CompiledPlan,
+    state: Guard<Arc<State>>,
     now_ms: u64,
+    leased: bool,
+    outcomes: [Cell<u32>; OUTCOMES],
 }
 
-impl Tables for View<'_> {
+/// What [`decide`] reads for one packet. The flow's shard stays locked from reading to writing, so that nothing comes between.
+struct View<'a, 'b> {
+    batch: &'b Batch<'a>,
+    hash: Cell<u64>,
+    shard: RefCell<Option<MutexGuard<'a, Shard>>>,
+}
+
+impl<'a> View<'a, '_> {
+    fn with_shard<T>(&self, look: impl FnOnce(&mut Shard, u64) -> T) -> T {
+        let hash = self.hash.get();
+        let mut shard = self.shard.borrow_mut();
+        look(shard.get_or_insert_with(|| self.batch.engine.table.shard(hash)), hash)
+    }
+
+    fn plan(&self) -> &CompiledPlan {
+        &self.batch.state.plan
+    }
+}
+
+impl Tables for View<'_, '_> {
     fn local(&self) -> Local {
         Local {
-            slot: self.plan.plan.local,
-            leased: self.now_ms < self.engine.lease_until_ms.load(Ordering::Relaxed),
-            seed: self.plan.plan.seed,
-            now_ms: self.now_ms,
+            slot: self.plan().plan.local,
+            leased: self.batch.leased,
+            seed: self.plan().plan.seed,
+            now_ms: self.batch.now_ms,
         }
     }
 
     fn service(&self, key: &FlowKey) -> ServiceMatch {
-        let plan = self.plan;
+        let plan = self.plan();
         match plan.services.get(&(key.destination, key.destination_port, key.protocol)) {
-            Some(&index) => plan.service(index).map_or(ServiceMatch::AddressOnly, |service| {
-                ServiceMatch::Service(Service {
-                    index,
-                    idle_ms: u32::try_from(service.idle.as_millis()).unwrap_or(u32::MAX),
-                    replicate_syn: service.replicate_syn,
-                })
-            }),
+            Some(service) => ServiceMatch::Service(*service),
             None if plan.is_service_address(&key.destination) => ServiceMatch::AddressOnly,
             None => ServiceMatch::Foreign,
         }
     }
 
     fn row_of(&self, key: &FlowKey, hash: u64) -> u32 {
-        self.plan.row_of(key, hash)
+        // `decide` asks for a key's row before it looks the key up.
+        self.hash.set(hash);
+        self.plan().row_of(key, hash)
     }
 
     fn row(&self, row: u32) -> Row {
-        self.plan.plan.rows.get(row as usize).copied().unwrap_or(Row::EMPTY)
+        self.plan().plan.rows.get(row as usize).copied().unwrap_or(Row::EMPTY)
     }
 
     fn previous_row(&self, row: u32) -> Option<Row> {
-        self.plan.plan.previous.as_ref()?.get(row as usize).copied()
+        self.plan().plan.previous.as_ref()?.get(row as usize).copied()
     }
 
     fn liveness(&self, slot: MemberSlot) -> Liveness {
-        self.plan.member(slot).map_or(Liveness::Down, |member| member.liveness)
+        self.plan().member(slot).map_or(Liveness::Down, |member| member.liveness)
     }
 
     fn slot_of(&self, id: MemberId) -> MemberSlot {
-        self.plan.slots.get(&id).copied().unwrap_or(MemberSlot::NONE)
+        self.plan().slots.get(&id).copied().unwrap_or(MemberSlot::NONE)
     }
 
     fn flow(&self, key: &FlowKey) -> Option<FlowEntry> {
-        let hash = flow_hash(self.plan.plan.seed, key);
-        self.engine.table.shard(hash).get(hash, key).copied()
+        debug_assert_eq!(self.hash.get(), flow_hash(self.plan().plan.seed, key), "row_of comes first");
+        self.with_shard(|shard, hash| shard.get(hash, key).copied())
     }
 
     fn cached(&self, key: &FlowKey) -> Option<FlowEntry> {
-        let hash = flow_hash(self.plan.plan.seed, key);
-        self.engine.table.shard(hash).cache.get(key).copied()
+        self.with_shard(|shard, _| shard.cache.get(key).copied())
     }
 
     fn consistent(&self, service: u32, slot: u16) -> Choice {
-        let Some(service) = self.plan.service(service) else {
+        let Some(service) = self.plan().service(service) else {
             return Choice { backend: BackendIndex::NONE, unsettled: false };
         };
         Choice {
@@ -256,9 +299,110 @@ impl Tables for View<'_> {
     }
 
     fn fragment_ports(&self, key: &FlowKey) -> Option<[[u8; 2]; 2]> {
-        let fragments = lock(&self.engine.fragments);
+        let fragments = lock(&self.batch.engine.fragments);
         let (ports, until_ms) = fragments.ports.get(key)?;
-        (self.now_ms < *until_ms).then_some(*ports)
+        (self.batch.now_ms < *until_ms).then_some(*ports)
+    }
+}
+
+impl Batch<'_> {
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        self.engine
+    }
+
+    /// The plan that these packets see.
+    pub fn plan(&self) -> &CompiledPlan {
+        &self.state.plan
+    }
+
+    /// The next hops that these packets see.
+    pub fn next_hops(&self) -> &NextHops {
+        &self.state.next_hops
+    }
+
+    /// The engine's clock when the batch began.
+    pub fn now_ms(&self) -> u64 {
+        self.now_ms
+    }
+
+    /// Counts a packet's outcome.
+    pub fn count(&self, outcome: Outcome) {
+        let count = &self.outcomes[outcome as usize];
+        count.set(count.get() + 1);
+    }
+
+    /// Decides on one packet and carries the decision out on the tables.
+    #[inline]
+    pub fn rule(&self, packet: &Packet, arrival: &Arrival) -> Decision {
+        let view = View { batch: self, hash: Cell::new(0), shard: RefCell::new(None) };
+        let decision = decide(packet, arrival, &view);
+        self.engine.commit(packet, &decision, &self.state.plan, self.now_ms, view.shard.into_inner());
+        self.count(decision.outcome);
+        if let Verdict::Drop(reason) = decision.verdict {
+            self.engine.counters.count_drop(reason.into());
+        }
+        decision
+    }
+
+    /// Where a ruled packet goes. Counts what has no next hop.
+    #[inline]
+    pub fn target(&self, decision: &Decision) -> Target {
+        let plan = self.plan();
+        let next_hops = self.next_hops();
+        let target = match decision.verdict {
+            Verdict::Pass => return Target::Pass,
+            Verdict::Drop(_) => return Target::Drop,
+            Verdict::EchoReply => return Target::EchoReply,
+            Verdict::Hold => return Target::Hold,
+            Verdict::Forward(index) => (|| {
+                Some(Target::Backend {
+                    backend: *plan.backend(index)?,
+                    next_hop: (*next_hops.backends.get(index.0 as usize)?)?,
+                    fragment: plan.service(decision.service)?.fragment,
+                })
+            })(),
+            Verdict::HandOff(hand_off) => (|| {
+                Some(Target::Member {
+                    member: *plan.member(hand_off.to)?,
+                    next_hop: (*next_hops.members.get(usize::from(hand_off.to.0))?)?,
+                    hand_off,
+                    bypassed: plan.member(hand_off.bypassed).map(|member| member.id),
+                })
+            })(),
+        };
+        target.unwrap_or_else(|| {
+            self.engine.counters.count_drop(Drop::NoNextHop);
+            Target::Drop
+        })
+    }
+}
+
+impl std::ops::Drop for Batch<'_> {
+    fn drop(&mut self) {
+        for (outcome, count) in self.outcomes.iter().enumerate() {
+            if count.get() != 0 {
+                self.engine.counters.add_outcomes(outcome, u64::from(count.get()));
+            }
+        }
+    }
+}
+
+/// At most so many ICMP errors a second (RFC 1812 §4.3.2.8, RFC 4443 §2.4 f).
+const ERRORS_PER_SECOND: u64 = 1_000;
+
+/// Limits ICMP errors: the second in the upper half, how many went out in it in the lower.
+#[derive(Debug, Default)]
+struct ErrorLimit(AtomicU64);
+
+impl ErrorLimit {
+    fn admit(&self, now_ms: u64) -> bool {
+        let second = now_ms / 1_000;
+        let admitted = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |state| {
+            let sent = if state >> 32 == second { state & 0xffff_ffff } else { 0 };
+            (sent < ERRORS_PER_SECOND).then_some(second << 32 | (sent + 1))
+        });
+        admitted.is_ok()
     }
 }
 
@@ -266,13 +410,21 @@ impl Engine {
     /// An engine that carries out `plan`, with empty tables and no lease.
     pub fn new(plan: Plan, limits: TableLimits) -> Result<Self, InstallError> {
         Ok(Self {
-            plan: ArcSwap::from_pointee(CompiledPlan::new(plan)?),
-            next_hops: ArcSwap::from_pointee(NextHops::default()),
+            state: ArcSwap::from_pointee(State {
+                plan: Arc::new(CompiledPlan::new(plan)?),
+                next_hops: Arc::default(),
+            }),
+            installing: Mutex::default(),
             table: FlowTable::new(limits),
             fragments: Mutex::default(),
+            held: Mutex::default(),
             events: Mutex::default(),
+            echoes: Mutex::default(),
             started: Instant::now(),
             lease_until_ms: AtomicU64::new(0),
+            lease_term_ms: AtomicU64::new(0),
+            errors_sent: ErrorLimit::default(),
+            next_identification: AtomicU64::new(0),
             counters: SharedCounters::default(),
         })
     }
@@ -284,22 +436,37 @@ impl Engine {
 
     /// The plan in force.
     pub fn plan(&self) -> Arc<CompiledPlan> {
-        self.plan.load_full()
+        Arc::clone(&self.state.load().plan)
     }
 
     /// The next hops in force.
     pub fn next_hops(&self) -> Arc<NextHops> {
-        self.next_hops.load_full()
+        Arc::clone(&self.state.load().next_hops)
+    }
+
+    /// What the next few packets see.
+    pub fn batch(&self) -> Batch<'_> {
+        let now_ms = self.now_ms();
+        Batch {
+            engine: self,
+            state: self.state.load(),
+            now_ms,
+            leased: now_ms < self.lease_until_ms.load(Ordering::Relaxed),
+            outcomes: [const { Cell::new(0) }; OUTCOMES],
+        }
     }
 
     /// See [`crate::Forwarder::install`].
     ///
     /// A changed list of backends keeps positions, so entries stay right; a changed seed or row function would not, and is refused.
     pub fn install(&self, plan: Plan) -> Result<(), InstallError> {
-        let old = self.plan();
-        if old.plan.seed != plan.seed {
+        let _one_at_a_time = lock(&self.installing);
+        let state = self.state.load_full();
+        let old = &state.plan;
+        if old.plan.seed != plan.seed || old.plan.row_function != plan.row_function {
             return Err(InstallError::Inconsistent(
-                "the hash seed changed; it is fixed for the life of a cluster".to_owned(),
+                "the hash seed or the row function changed; they are fixed for the life of a cluster"
+                    .to_owned(),
             ));
         }
         let moved = old.plan.backends.iter().zip(&plan.backends).any(|(old, new)| old.id != new.id);
@@ -307,19 +474,57 @@ impl Engine {
         if moved || compiled.plan.backends.len() < old.plan.backends.len() {
             return Err(InstallError::Inconsistent("a backend lost its position".to_owned()));
         }
-        self.plan.store(Arc::new(compiled));
+        // Members may have moved to other slots: their next hops go with them, until the daemon says better.
+        let known = &state.next_hops.members;
+        let members = compiled.plan.members.iter().map(|member| {
+            let slot = old.slots.get(&member.id)?;
+            let same = old.member(*slot).is_some_and(|before| before.address == member.address);
+            if same { *known.get(usize::from(slot.0))? } else { None }
+        });
+        let next_hops = NextHops { members: members.collect(), backends: state.next_hops.backends.clone() };
+        self.state.store(Arc::new(State { plan: Arc::new(compiled), next_hops: Arc::new(next_hops) }));
         Ok(())
     }
 
     /// See [`crate::Forwarder::set_next_hops`].
     pub fn set_next_hops(&self, next_hops: NextHops) {
-        self.next_hops.store(Arc::new(next_hops));
+        let _one_at_a_time = lock(&self.installing);
+        self.state.store(Arc::new(State { plan: self.plan(), next_hops: Arc::new(next_hops) }));
     }
 
     /// See [`crate::Forwarder::renew_lease`].
     pub fn renew_lease(&self, term: Duration) {
         let until_ms = if term.is_zero() { 0 } else { self.now_ms() + term.as_millis() as u64 };
+        self.lease_term_ms.store(term.as_millis() as u64, Ordering::Relaxed);
         self.lease_until_ms.store(until_ms, Ordering::Relaxed);
+    }
+
+    /// The term of the last lease; zero if there was none.
+    pub fn lease_term(&self) -> Duration {
+        Duration::from_millis(self.lease_term_ms.load(Ordering::Relaxed))
+    }
+
+    /// Whether one more ICMP error may be sent now; counts it.
+    pub fn may_send_error(&self) -> bool {
+        self.errors_sent.admit(self.now_ms())
+    }
+
+    /// A new identification for an outer packet that is fragmented (RFC 6864).
+    pub fn next_identification(&self) -> u32 {
+        self.next_identification.fetch_add(1, Ordering::Relaxed) as u32
+    }
+
+    /// Takes the token of a hand-off echo that came back.
+    pub fn push_echo(&self, token: u64) {
+        let mut echoes = lock(&self.echoes);
+        if echoes.len() < MAX_ECHOES {
+            echoes.push(token);
+        }
+    }
+
+    /// See [`crate::Forwarder::poll_echoes`].
+    pub fn poll_echoes(&self, tokens: &mut Vec<u64>) {
+        tokens.append(&mut lock(&self.echoes));
     }
 
     /// Whether the lease has not run out.
@@ -327,50 +532,15 @@ impl Engine {
         self.now_ms() < self.lease_until_ms.load(Ordering::Relaxed)
     }
 
-    /// Decides on one packet and carries the decision out on the tables.
-    pub fn rule(&self, packet: &Packet, arrival: &Arrival) -> Ruling {
-        let plan = self.plan.load_full();
-        let now_ms = self.now_ms();
-        let decision = decide(packet, arrival, &View { engine: self, plan: &plan, now_ms });
-        self.commit(packet, &decision, &plan, now_ms);
-        self.counters.count(decision.outcome);
-        if let Verdict::Drop(reason) = decision.verdict {
-            self.counters.count_drop(reason.into());
-        }
-        Ruling { decision, plan }
-    }
-
-    /// Where a ruled packet goes. Counts what has no next hop.
-    pub fn target(&self, ruling: &Ruling) -> Target {
-        let next_hops = self.next_hops.load();
-        let target = match ruling.decision.verdict {
-            Verdict::Pass => return Target::Pass,
-            Verdict::Drop(_) => return Target::Drop,
-            Verdict::EchoReply => return Target::EchoReply,
-            Verdict::Hold => return Target::Hold,
-            Verdict::Forward(index) => (|| {
-                Some(Target::Backend {
-                    backend: *ruling.plan.backend(index)?,
-                    next_hop: (*next_hops.backends.get(index.0 as usize)?)?,
-                    fragment: ruling.plan.service(ruling.decision.service)?.fragment,
-                })
-            })(),
-            Verdict::HandOff(hand_off) => (|| {
-                Some(Target::Member {
-                    member: *ruling.plan.member(hand_off.to)?,
-                    next_hop: (*next_hops.members.get(usize::from(hand_off.to.0))?)?,
-                    hand_off,
-                    bypassed: ruling.plan.member(hand_off.bypassed).map(|member| member.id),
-                })
-            })(),
-        };
-        target.unwrap_or_else(|| {
-            self.counters.count_drop(Drop::NoNextHop);
-            Target::Drop
-        })
-    }
-
-    fn commit(&self, packet: &Packet, decision: &Decision, plan: &CompiledPlan, now_ms: u64) {
+    #[inline]
+    fn commit(
+        &self,
+        packet: &Packet,
+        decision: &Decision,
+        plan: &CompiledPlan,
+        now_ms: u64,
+        shard: Option<MutexGuard<'_, Shard>>,
+    ) {
         if decision.learn_fragment {
             self.learn_fragment(packet, decision, now_ms);
         }
@@ -379,7 +549,7 @@ impl Engine {
         }
         let mut lost = false;
         {
-            let mut shard = self.table.shard(decision.hash);
+            let mut shard = shard.unwrap_or_else(|| self.table.shard(decision.hash));
             if decision.erase_cache {
                 shard.cache.pop(&decision.key);
             }
@@ -390,22 +560,8 @@ impl Engine {
                     lost = put == Put::Full;
                     put
                 }
-                Action::Update => {
-                    let mut entry = decision.entry;
-                    // Between reading and writing another thread or the daemon may have put a newer record there.
-                    match shard.get(decision.hash, &decision.key) {
-                        Some(current)
-                            if current.backend != entry.backend || current.update > entry.update =>
-                        {
-                            Put::Done
-                        }
-                        Some(current) => {
-                            entry.birth = current.birth;
-                            shard.put(decision.hash, decision.key, entry)
-                        }
-                        None => Put::Done,
-                    }
-                }
+                // The shard was locked all the while: what was read is still there.
+                Action::Update => shard.update(decision.hash, decision.key, decision.entry),
                 Action::UpdateCache => {
                     if let Some(entry) = shard.cache.get_mut(&decision.key) {
                         *entry = decision.entry;
@@ -534,7 +690,7 @@ impl Engine {
     }
 
     fn hash(&self, key: &FlowKey) -> u64 {
-        flow_hash(self.plan.load().plan.seed, key)
+        flow_hash(self.state.load().plan.plan.seed, key)
     }
 
     fn with_entry<T>(&self, key: &FlowKey, change: impl FnOnce(&mut FlowEntry) -> T) -> Option<T> {
@@ -609,6 +765,8 @@ impl Engine {
     /// See [`crate::Forwarder::poll_events`].
     pub fn poll_events(&self, events: &mut Vec<FlowEvent>, limit: usize) -> bool {
         self.find_expired();
+        let forgotten = lock(&self.held).expire(self.now_ms());
+        self.counters.add_drops(Drop::Fragment, forgotten);
         let mut queue = lock(&self.events);
         let taken = queue.len().min(limit);
         events.extend(queue.drain(..taken));

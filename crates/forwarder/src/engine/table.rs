@@ -108,6 +108,18 @@ impl Shard {
         Put::Done
     }
 
+    /// Overwrites the entry that was read under the same lock.
+    pub(crate) fn update(&mut self, hash: u64, key: FlowKey, entry: FlowEntry) -> Put {
+        let same = |slot: &Slot| slot.0 == key;
+        if entry.flow_state() != FlowState::HalfOpen
+            && let Some(slot) = self.flows.find_mut(hash, same)
+        {
+            slot.2 = entry;
+            return Put::Done;
+        }
+        self.put(hash, key, entry)
+    }
+
     fn put_half_open(&mut self, hash: u64, key: FlowKey, entry: FlowEntry) -> Put {
         match self.half_open.entry(hash, |slot| slot.0 == key, |slot| slot.1) {
             Entry::Occupied(mut found) => {

@@ -48,6 +48,8 @@ pub(super) struct Joining {
 impl Membership {
     /// Opens a datagram and gives it to whom it is for.
     pub(super) fn receive(&mut self, now: Instant, from: SocketAddr, datagram: &[u8]) {
+        // A socket bound to an IPv6 wildcard names IPv4 peers by their mapped addresses.
+        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
         match self.seal.open(datagram) {
             Ok(opened) => self.receive_opened(now, from, opened),
             Err(Unopened::Foreign) => self.counters.foreign += 1,

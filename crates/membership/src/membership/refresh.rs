@@ -36,31 +36,51 @@ impl Membership {
 
     fn refresh(&mut self, now: Instant) {
         let signature = swim::signature(&self.swim.0);
-        let items_changed = self.board.lock().take_changed();
-        if signature == self.signature && !items_changed && !self.rebuild {
+        let changed = self.board.lock().take_changed();
+        let before = (self.view.digest, self.view.distrusts_itself);
+        if signature != self.signature || self.rebuild {
+            self.rebuild(signature);
+        } else if changed.is_empty() {
             return;
+        } else {
+            // The usual case, many times a second in a large cluster: somebody says something new of itself.
+            for id in changed {
+                self.replace(id);
+            }
         }
-        let had_others = self.view.members.len() > 1;
-        self.signature = signature;
-        self.rebuild = false;
-        if had_others && self.swim.0.num_members() == 0 && !self.departed {
-            self.forget_everyone();
-            self.rebuild = false;
-            self.signature = swim::signature(&self.swim.0);
-        }
-        let view = self.build();
-        let old = std::mem::replace(&mut self.view, view);
-        self.tell(&old);
-        if old.digest != self.view.digest {
+        if before.0 != self.view.digest {
             self.events.push_back(Event::ViewChanged(self.view.digest));
             // So that the others learn who has switched.
             self.publish_soon = true;
             self.publish_if_due(now);
         }
-        if self.view.distrusts_itself && !old.distrusts_itself {
+        if self.view.distrusts_itself && !before.1 {
             self.events.push_back(Event::Warning(Warning::DistrustsItself));
         }
         self.compare_backends();
+    }
+
+    fn rebuild(&mut self, signature: u64) {
+        self.signature = signature;
+        if self.view.members.len() > 1 && self.swim.0.num_members() == 0 && !self.departed {
+            self.forget_everyone();
+            self.signature = swim::signature(&self.swim.0);
+        }
+        self.rebuild = false;
+        let view = self.build();
+        let old = std::mem::replace(&mut self.view, view);
+        self.tell(&old);
+    }
+
+    fn replace(&mut self, id: MemberId) {
+        let Some(known) = self.view.get(id) else { return };
+        let identity =
+            Identity { id, address: known.address, boot: known.boot, generation: known.generation };
+        let after = self.member_view(&self.board.lock(), &identity, known.suspected);
+        let told = self.view.replace(after).is_some_and(|(before, after)| differs(&before, after));
+        if told && id != self.config.id {
+            self.events.push_back(Event::MemberChanged(id));
+        }
     }
 
     fn build(&self) -> View {
@@ -156,6 +176,11 @@ impl Membership {
 
     fn compare_backends(&mut self) {
         let ours = self.config.metadata.backends;
+        let all_equal =
+            self.view.members.iter().all(|member| !member.known || member.metadata.backends == ours);
+        if all_equal && self.warned_backends.is_empty() {
+            return;
+        }
         for member in self.view.members.iter().filter(|member| member.known && member.id != self.config.id) {
             let theirs = member.metadata.backends;
             if theirs == ours {
@@ -177,5 +202,5 @@ fn differs(before: &MemberView, after: &MemberView) -> bool {
     before.address != after.address
         || before.state != after.state
         || before.known != after.known
-        || before.metadata.differs_from(&after.metadata)
+        || !Arc::ptr_eq(&before.metadata, &after.metadata) && before.metadata.differs_from(&after.metadata)
 }

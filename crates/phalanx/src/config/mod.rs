@@ -16,7 +16,7 @@ mod environment;
 mod error;
 mod reader;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use digest::{ClusterDigests, FieldDigest};
 pub use environment::{Environment, System};

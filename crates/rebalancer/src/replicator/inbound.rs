@@ -7,7 +7,7 @@ use phalanx_flow::{FlowFlags, FlowKey, MemberId, Record};
 
 use super::{
     Apply, ApplyBatch, ApplyResult, Control, Event, Frame, Item, LOCAL_BATCH, Lookup, MAX_INBOUND, PeerError,
-    Refusal, Replicator, holders_of,
+    Refusal, Replicator,
 };
 
 /// What follows when one change was applied.
@@ -123,7 +123,6 @@ impl Replicator {
             Origin::Local => None,
             Origin::Batch { peer, .. } | Origin::Chunk { peer, .. } => Some(peer),
         };
-        let whole_table = matches!(pending.origin, Origin::Chunk { .. });
         let mut refused = Vec::new();
         for (at, then) in pending.then.into_iter().enumerate() {
             let result = results.get(at).copied().unwrap_or(ApplyResult::Full);
@@ -148,7 +147,7 @@ impl Replicator {
                         if hint {
                             self.replicate(record);
                         } else if let Some(from) = from {
-                            self.pass_on(record, from, whole_table);
+                            self.pass_on(record, from);
                         }
                     }
                     ApplyResult::Stale => {}
@@ -343,40 +342,21 @@ impl Replicator {
         self.inbound.push_local(Apply::Protect { key, birth, update }, Then::Nothing);
     }
 
-    /// A peer's record was news to us: tell those who should have it and may not.
+    /// A peer's record was news to us: the other holders may not have it either, so tell them, all but the one it came from.
     ///
-    /// Views differ for a moment, and one change may follow another before its transfers are done. So who receives a record late
-    /// does with it what it would have done had it held it when the view changed. This ends, because what is no news goes no further.
-    fn pass_on(&mut self, record: Record, from: MemberId, whole_table: bool) {
-        let Some(view) = &self.view else { return };
-        let local = Some(self.config.local);
-        let row = view.ranking.row_of(&record.key);
-        let new = view.ranking.holders(row);
-        let mut to: Vec<MemberId> = Vec::new();
-        if let Some(previous) = &view.previous {
-            let old = previous.holders(previous.row_of(&record.key));
-            let sender = old.into_iter().flatten().find(|member| view.live.contains(member));
-            if sender == local {
-                to.extend(holders_of(&*view.ranking, row).filter(|&member| !old.contains(&Some(member))));
-            }
+    /// Between owner and backup this costs nothing. It repairs what moved while views differed, or while one change followed another
+    /// before its transfers were done: who receives a record late gives it to who should have it now. It ends, because what is no
+    /// news goes no further.
+    fn pass_on(&mut self, record: Record, from: MemberId) {
+        let backup = self.backup_of_own(&record.key);
+        if backup == Some(from) {
+            self.note_held(from, &record);
         }
-        if !new.contains(&local) {
-            to.extend(new.into_iter().flatten());
-        } else if new[0] == local {
-            if new[1] == Some(from) {
-                self.note_held(from, &record);
-            } else if whole_table {
-                // The sender of a transfer table is not our backup: learn whether our backup has the flow by offering it.
-                to.extend(new[1]);
-            }
-        }
-        to.sort_unstable();
-        to.dedup();
-        for member in to.into_iter().filter(|&member| member != from) {
-            if self.backup_of_own(&record.key) == Some(member) {
+        for to in self.holders(&record.key).into_iter().flatten().filter(|&to| to != from) {
+            if backup == Some(to) {
                 self.unprotected.insert(record.key, (record.birth, record.update));
             }
-            self.push(member, Item::Associate { record, cache: false });
+            self.push(to, Item::Associate { record, cache: false });
         }
     }
 }

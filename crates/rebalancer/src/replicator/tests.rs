@@ -1,1 +1,711 @@
+use std::collections::BTreeSet;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
 
+use phalanx_flow::{FlowEventKind, FlowFlags, FlowState, MemberId};
+use proptest::prelude::*;
+
+use super::idle::{BACKUP_WAIT, OWNER_WAIT};
+use super::*;
+use crate::codec::CodecError;
+use crate::testing::{TestRanking, backend, key, record};
+
+mod world;
+use world::World;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn every_established_flow_ends_up_at_owner_and_backup_over_a_network_that_loses_connections(seed: u64) {
+        let mut world = World::new(&[1, 2, 3]);
+        world.seed(seed);
+        world.loss = 12;
+        for n in 0..100 {
+            world.open(n, (n % 7) as u8);
+            if n % 10 == 0 {
+                world.settle();
+            }
+        }
+        world.settle();
+        for n in 0..100 {
+            let mut holders = world.holders(n);
+            holders.sort_unstable();
+            prop_assert_eq!(world.has(n), holders);
+            prop_assert_eq!(world.record(holders[0], n).unwrap().backend, backend((n % 7) as u8));
+            prop_assert_eq!(world.record(holders[0], n).unwrap().version(), world.record(holders[1], n).unwrap().version());
+            let [owner, _] = world.holders(n);
+            prop_assert!(world.record(owner, n).unwrap().flags.has(FlowFlags::PROTECTED));
+        }
+        prop_assert_eq!(world.unprotected(), 0);
+    }
+
+    #[test]
+    fn several_changes_at_once_and_in_a_row_lose_nothing(seed: u64) {
+        let mut world = World::new(&[1, 2, 3, 4]);
+        world.seed(seed);
+        world.loss = 15;
+        for n in 0..80 {
+            world.open(n, 1);
+        }
+        world.settle();
+        let mut members = vec![(1, 1), (2, 1), (3, 1), (4, 1)];
+        let mut next = 5;
+        for _ in 0..4 {
+            // Joins, leaves and weights, one after another before the transfers of the last are done.
+            for _ in 0..=world.random(2) {
+                match world.random(3) {
+                    0 => {
+                        world.start(next);
+                        members.push((next, 1));
+                        next += 1;
+                    }
+                    1 if members.iter().filter(|(_, weight)| *weight > 0).count() > 2 => {
+                        let which = world.random(members.len() as u64) as usize;
+                        members[which].1 = 0;
+                    }
+                    _ => {
+                        let which = world.random(members.len() as u64) as usize;
+                        members[which].1 = 1 + world.random(4) as u32;
+                    }
+                }
+            }
+            if world.random(3) == 0 && members.iter().filter(|(_, weight)| *weight > 0).count() > 2 {
+                // A crash, once everything has two holders again.
+                world.switch(&members);
+                world.settle();
+                let which = world.random(members.len() as u64) as usize;
+                let (id, _) = members.remove(which);
+                world.kill(id);
+            }
+            world.switch(&members);
+        }
+        world.settle();
+        world.close_window();
+        world.settle();
+        for n in 0..80 {
+            let mut holders = world.holders(n);
+            holders.sort_unstable();
+            prop_assert_eq!(world.has(n), holders);
+        }
+        prop_assert_eq!(world.unprotected(), 0);
+        prop_assert!(world.nodes.values().all(|node| node.replicator.transfers().count() == 0));
+    }
+}
+
+#[test]
+fn without_replication_the_backup_has_nothing_and_all_count_as_unprotected() {
+    let outcome = |enabled| {
+        let mut world = World::with(&[1, 2, 3], |world| world.enabled = enabled);
+        for n in 0..30 {
+            world.open(n, 1);
+        }
+        world.settle();
+        let at_backups = (0..30).filter(|&n| world.record(world.holders(n)[1], n).is_some()).count();
+        (at_backups, world.unprotected(), world.frames == 0)
+    };
+    assert_eq!(outcome(true), (30, 0, false));
+    assert_eq!(outcome(false), (0, 30, true));
+}
+
+#[test]
+fn without_replication_transfer_tables_are_not_sent_either() {
+    let outcome = |enabled| {
+        let mut world = World::with(&[1, 2], |world| world.enabled = enabled);
+        for n in 0..60 {
+            world.open(n, 1);
+        }
+        world.settle();
+        world.start(3);
+        world.switch(&[(1, 1), (2, 1), (3, 1)]);
+        world.settle();
+        assert_eq!(world.node(1).events.last(), Some(&Event::AllDone));
+        world.node(3).table.flows.len()
+    };
+    let moved = (0..60).filter(|&n| World::new(&[1, 2, 3]).holders(n).contains(&3)).count();
+    assert_eq!((outcome(true), outcome(false)), (moved, 0));
+}
+
+#[test]
+fn half_open_flows_make_no_traffic_unless_they_deviate_or_the_policy_says_so() {
+    let frames = |policy, at_once| {
+        let mut world = World::with(&[1, 2], |world| world.policy = policy);
+        for n in 0..20 {
+            let [owner, _] = world.holders(n);
+            world.syn(owner, n, 1, at_once);
+        }
+        world.settle();
+        (world.frames > 0, world.unprotected())
+    };
+    assert_eq!(frames(Policy::Established, false), (false, 0));
+    assert_eq!(frames(Policy::Established, true), (true, 0));
+    assert_eq!(frames(Policy::Syn, false), (true, 0));
+}
+
+#[test]
+fn a_syn_flood_that_is_reset_and_pushed_out_makes_no_traffic() {
+    let frames = |established| {
+        let mut world = World::new(&[1, 2]);
+        for n in 0..20 {
+            let [owner, _] = world.holders(n);
+            world.syn(owner, n, 1, false);
+            if established {
+                world.change(owner, n, FlowState::Established);
+            }
+            if n % 2 == 0 {
+                world.change(owner, n, FlowState::Reset);
+            }
+            world.settle();
+            world.expired(owner, n);
+        }
+        world.settle();
+        world.frames
+    };
+    assert_eq!(frames(false), 0);
+    assert!(frames(true) > 0);
+}
+
+#[test]
+fn every_flow_gets_a_birth_and_events_made_before_the_stamp_get_the_same() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    // `open` sends New and Changed before the forwarder has applied the stamp.
+    world.open(n, 1);
+    world.settle();
+    let birth = world.record(1, n).unwrap().birth;
+    assert_ne!(birth, 0);
+    assert_eq!(world.record(2, n).unwrap().birth, birth);
+    let births: BTreeSet<_> = (0..50)
+        .map(|n| {
+            let [owner, _] = world.holders(n);
+            world.syn(owner, n, 1, false);
+            world.settle();
+            world.record(owner, n).unwrap().birth
+        })
+        .collect();
+    assert_eq!(births.len(), 50);
+}
+
+#[test]
+fn an_end_reaches_backup_and_caches_and_what_is_older_does_not_come_back() {
+    let mut world = World::with(&[1, 2, 3], |world| world.caches = [MemberId(3)].into());
+    let n = world.flow_of(1, 2);
+    world.open(n, 1);
+    world.settle();
+    let old = world.record(1, n).unwrap();
+    assert!(world.node(3).table.cache.contains_key(&key(n)));
+    world.change(1, n, FlowState::Closing);
+    world.settle();
+    assert_eq!(world.record(2, n).unwrap().state, FlowState::Closing);
+    world.advance(SECOND * 60);
+    world.expired(1, n);
+    world.settle();
+    assert_eq!(world.has(n), [0; 0]);
+    assert!(!world.node(3).table.cache.contains_key(&key(n)));
+
+    // Somebody who was away, and has not heard of the end, tells of it once more.
+    world.kill(3);
+    world.start(3);
+    let live = world.live();
+    let view = world.view(None, &live);
+    world.set_view(3, view);
+    for to in [1, 2] {
+        let now = world.now;
+        world.node(3).replicator.begin_transfer(
+            now,
+            TransferPlan { holders: [(MemberId(to), vec![old])].into(), ..TransferPlan::default() },
+        );
+    }
+    world.settle();
+    assert_eq!(world.has(n), [0; 0]);
+    assert!(world.node(1).replicator.counters().barred > 0 && world.node(2).replicator.counters().barred > 0);
+
+    // The twin: the tuple's next connection is taken.
+    world.open(n, 2);
+    world.settle();
+    assert_eq!(world.has(n), [1, 2]);
+}
+
+#[test]
+fn an_end_and_the_next_life_of_the_tuple_arrive_in_order_after_a_long_absence() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    world.open(n, 1);
+    world.settle();
+    world.disconnect(1, 2);
+    world.change(1, n, FlowState::Reset);
+    world.settle();
+    world.expired(1, n);
+    world.settle();
+    assert_eq!(world.has(n), [2]);
+    world.open(n, 2);
+    world.settle();
+    assert_eq!(world.node(1).replicator.backlog(MemberId(2)), (1, 0));
+    world.connect(1, 2);
+    world.settle();
+    assert_eq!(world.record(2, n).unwrap().backend, backend(2));
+    assert_eq!(world.unprotected(), 0);
+}
+
+#[test]
+fn stale_never_overwrites_and_recovered_never_overwrites_what_a_syn_made() {
+    let mut world = World::new(&[1, 2, 3]);
+    let n = world.flow_of(1, 2);
+    world.open(n, 1);
+    world.settle();
+    let made_by_syn = world.record(1, n).unwrap();
+
+    // A hint from who does not hold it, with another backend.
+    let mut hint = record(n, 9);
+    hint.birth = 0;
+    world.event(3, FlowEventKind::Hint, false, hint);
+    world.settle();
+    for id in [1, 2] {
+        assert_eq!(world.record(id, n).unwrap().version(), made_by_syn.version());
+        assert_eq!(world.record(id, n).unwrap().backend, backend(1));
+    }
+
+    // An older version of the same flow, by transfer.
+    world.change(1, n, FlowState::Closing);
+    world.settle();
+    let now = world.now;
+    world.node(3).replicator.begin_transfer(
+        now,
+        TransferPlan { holders: [(MemberId(2), vec![made_by_syn])].into(), ..TransferPlan::default() },
+    );
+    world.settle();
+    assert_eq!(world.record(2, n).unwrap().state, FlowState::Closing);
+
+    // The twins: where nobody knows the flow the hint is recorded, and a SYN's record then replaces it.
+    let m = (n + 1..).find(|&m| world.holders(m) == [1, 2]).unwrap();
+    hint.key = key(m);
+    world.event(3, FlowEventKind::Hint, false, hint);
+    world.settle();
+    assert_eq!(world.has(m), [1, 2]);
+    assert!(world.record(2, m).unwrap().flags.has(FlowFlags::RECOVERED));
+    assert_eq!(world.unprotected(), 0);
+    world.open(m, 4);
+    world.settle();
+    assert_eq!(world.record(2, m).unwrap().backend, backend(4));
+}
+
+#[test]
+fn a_hint_goes_past_a_suspect_to_the_acting_owner() {
+    let mut world = World::new(&[1, 2, 3]);
+    let n = world.flow_of(1, 2);
+    let live = world.live();
+    let mut view = world.view(None, &live);
+    view.suspects.insert(MemberId(1));
+    world.set_view(3, view);
+    world.disconnect(1, 2);
+    world.disconnect(1, 3);
+    let mut hint = record(n, 1);
+    hint.birth = 0;
+    world.event(3, FlowEventKind::Hint, false, hint);
+    world.settle();
+    assert_eq!(world.has(n), [2]);
+    // The bypassed owner learns of it when it is back.
+    world.connect(1, 2);
+    world.settle();
+    assert_eq!(world.has(n), [1, 2]);
+}
+
+#[test]
+fn a_flow_that_enters_through_its_backup_outlives_the_idle_timeout() {
+    let outcome = |packet_at_backup: bool| {
+        let mut world = World::new(&[1, 2]);
+        let n = world.flow_of(1, 2);
+        world.open(n, 1);
+        world.advance(SECOND * 100);
+        if packet_at_backup {
+            world.packet(2, n);
+        }
+        world.advance(SECOND * 100);
+        world.expired(1, n);
+        world.settle();
+        (world.has(n), world.record(1, n).map(|record| record.idle_ms / 1000))
+    };
+    assert_eq!(outcome(true), (vec![1, 2], Some(100)));
+    assert_eq!(outcome(false), (vec![], None));
+}
+
+#[test]
+fn touches_reach_the_owner_with_their_age() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    world.open(n, 1);
+    world.advance(SECOND * 100);
+    world.disconnect(1, 2);
+    world.packet(2, n);
+    let seen = world.record(2, n).unwrap();
+    world.event(2, FlowEventKind::Touched, false, seen);
+    world.advance(SECOND * 7);
+    assert_eq!(world.record(1, n).unwrap().idle_ms, 107_000);
+    world.connect(1, 2);
+    world.settle();
+    assert_eq!(world.record(1, n).unwrap().idle_ms, 7_000);
+}
+
+#[test]
+fn a_packet_that_comes_while_the_backup_is_asked_keeps_the_flow() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    world.open(n, 1);
+    world.advance(SECOND * 100);
+    world.expired(1, n);
+    world.packet(1, n);
+    world.settle();
+    assert_eq!(world.has(n), [1, 2]);
+}
+
+#[test]
+fn an_owner_whose_backup_does_not_answer_lets_go_in_bounded_time_and_ends_nothing_elsewhere() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    world.open(n, 1);
+    world.advance(SECOND * 100);
+    world.disconnect(1, 2);
+    world.expired(1, n);
+    world.advance(BACKUP_WAIT - SECOND);
+    assert_eq!(world.has(n), [1, 2]);
+    world.advance(SECOND * 2);
+    assert_eq!(world.has(n), [2]);
+    world.connect(1, 2);
+    world.settle();
+    assert_eq!(world.has(n), [2], "no end was announced");
+    // The backup's entry is not immortal: its owner says that it has none.
+    world.expired(2, n);
+    world.settle();
+    assert_eq!(world.has(n), [0; 0]);
+}
+
+#[test]
+fn a_backup_keeps_what_its_owner_has_and_drops_what_nobody_answers_for() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    world.open(n, 1);
+    world.advance(SECOND * 100);
+    world.packet(1, n);
+    world.advance(SECOND);
+    world.expired(2, n);
+    world.settle();
+    assert_eq!(world.record(2, n).unwrap().idle_ms, 1_000, "refreshed by the owner's");
+
+    world.advance(SECOND * 100);
+    world.disconnect(1, 2);
+    world.expired(2, n);
+    world.advance(OWNER_WAIT - SECOND);
+    assert_eq!(world.has(n), [1, 2]);
+    world.advance(SECOND * 2);
+    assert_eq!(world.has(n), [1]);
+}
+
+#[test]
+fn a_full_peer_says_so_and_the_flow_stays_unprotected() {
+    let outcome = |capacity| {
+        let mut world = World::ranked_by(&[1, 2], TestRanking::by_hand(&[[1, 2]]), |_| {});
+        world.node(2).table.capacity = Some(capacity);
+        for n in 0..10 {
+            world.open(n, 1);
+        }
+        world.settle();
+        let refused: usize = world
+            .node(1)
+            .events
+            .iter()
+            .map(|event| if let Event::PeerFull { refused, .. } = event { *refused } else { 0 })
+            .sum();
+        (refused, world.unprotected())
+    };
+    assert_eq!(outcome(7), (3, 3));
+    assert_eq!(outcome(10), (0, 0));
+}
+
+#[test]
+fn a_record_whose_backend_the_peer_cannot_reach_stays_unprotected() {
+    let mut world = World::ranked_by(&[1, 2], TestRanking::by_hand(&[[1, 2]]), |_| {});
+    world.node(2).table.unknown_backend = Some(backend(5));
+    world.open(1, 5);
+    world.open(2, 6);
+    world.settle();
+    assert_eq!((world.unprotected(), world.has(1), world.has(2)), (1, vec![1], vec![1, 2]));
+}
+
+#[test]
+fn acknowledged_means_applied() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    world.node(2).table.stuck = true;
+    world.open(n, 1);
+    world.settle();
+    assert_eq!(world.unprotected(), 1);
+    world.node(2).table.stuck = false;
+    world.settle();
+    assert_eq!(world.unprotected(), 0);
+}
+
+#[test]
+fn what_came_by_an_earlier_connection_is_not_acknowledged_on_a_later_one() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    world.node(2).table.stuck = true;
+    world.open(n, 1);
+    world.settle();
+    world.disconnect(1, 2);
+    // Member 1 starts again, and the first batch of its new life has the number of the one that 2 has not applied yet.
+    world.nodes.remove(&1);
+    world.start(1);
+    let live = world.live();
+    let view = world.view(None, &live);
+    world.set_view(1, view);
+    world.node(2).table.capacity = Some(1);
+    let m = (n + 1..).find(|&m| world.holders(m) == [1, 2]).unwrap();
+    world.open(m, 1);
+    world.node(2).table.stuck = false;
+    world.settle();
+    // The old flow took the only place, so the new one is refused, and nothing may say otherwise.
+    assert_eq!((world.has(n), world.has(m)), (vec![2], vec![1]));
+    assert_eq!(world.unprotected(), 1);
+}
+
+#[test]
+fn many_changes_of_one_flow_take_one_slot_while_the_peer_is_away() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    world.disconnect(1, 2);
+    world.open(n, 1);
+    for _ in 0..1000 {
+        world.change(1, n, FlowState::Closing);
+        world.change(1, n, FlowState::Established);
+    }
+    world.settle();
+    assert_eq!(world.node(1).replicator.backlog(MemberId(2)), (1, 0));
+    world.connect(1, 2);
+    world.settle();
+    assert_eq!(world.record(2, n).unwrap().update, 2001);
+    assert_eq!(world.node(1).replicator.counters().items_sent, 1);
+    assert_eq!(world.unprotected(), 0);
+}
+
+#[test]
+fn a_backlog_is_bounded_and_says_when_it_overflows() {
+    let mut world = World::ranked_by(&[1, 2], TestRanking::by_hand(&[[1, 2]]), |_| {});
+    world.disconnect(1, 2);
+    for n in 0..MAX_BACKLOG as u32 + 10 {
+        let mut record = record(n as u16, 1);
+        record.key.source[15] = (n >> 16) as u8;
+        world.event(1, FlowEventKind::Changed, false, record);
+        if n + 10 == MAX_BACKLOG as u32 {
+            world.settle();
+            assert_eq!(world.node(1).events, []);
+        }
+    }
+    world.settle();
+    assert_eq!(world.node(1).replicator.backlog(MemberId(2)), (MAX_BACKLOG, 0));
+    assert_eq!(world.node(1).replicator.counters().overflowed, 10);
+    assert_eq!(world.node(1).events, [Event::Overflow { peer: MemberId(2) }]);
+}
+
+#[test]
+fn a_fin_seen_on_a_cache_hit_reaches_owner_and_backup() {
+    let mut world = World::with(&[1, 2, 3], |world| world.caches = [MemberId(3)].into());
+    let n = world.flow_of(1, 2);
+    world.open(n, 1);
+    world.settle();
+    let mut cached = world.node(3).table.cache[&key(n)];
+    world.event(3, FlowEventKind::Cached, false, cached);
+    world.settle();
+    assert_eq!(
+        world.record(1, n).unwrap().state,
+        FlowState::Established,
+        "the twin: a packet is only a touch"
+    );
+    cached.state = FlowState::Closing;
+    cached.update += 1;
+    world.event(3, FlowEventKind::Cached, false, cached);
+    world.settle();
+    for id in [1, 2] {
+        assert_eq!(world.record(id, n).unwrap().state, FlowState::Closing);
+    }
+}
+
+#[test]
+fn associations_go_to_the_holders_of_both_tables_while_the_window_is_open() {
+    let mut world = World::new(&[1, 2, 3]);
+    let old = Arc::new(TestRanking::by_hand(&[[3, 2]]));
+    world.ranking = Arc::new(TestRanking::by_hand(&[[1, 2]]));
+    let live = world.live();
+    for id in 1..=3 {
+        let view = world.view(Some(old.clone()), &live);
+        world.set_view(id, view);
+    }
+    world.open(1, 1);
+    world.settle();
+    assert_eq!(world.has(1), [1, 2, 3]);
+    world.close_window();
+    world.open(2, 1);
+    world.settle();
+    assert_eq!(world.has(2), [1, 2], "the twin: not after it has closed");
+}
+
+#[test]
+fn after_a_crash_every_flow_has_two_holders_again() {
+    let mut world = World::new(&[1, 2, 3]);
+    for n in 0..100 {
+        world.open(n, 1);
+    }
+    world.settle();
+    world.kill(2);
+    world.switch(&[(1, 1), (3, 1)]);
+    assert!(world.unprotected() > 0);
+    world.settle();
+    world.close_window();
+    for n in 0..100 {
+        assert_eq!(world.has(n), [1, 3]);
+    }
+    assert_eq!(world.unprotected(), 0);
+}
+
+#[test]
+fn transfers_keep_to_the_rate_and_show_how_far_they_are() {
+    let mut world = World::new(&[1]);
+    world.kill(1);
+    world.start_with(1, Config { local: MemberId(1), transfer_rate: NonZeroU32::new(1000).unwrap() });
+    let live = world.live();
+    let view = world.view(None, &live);
+    world.set_view(1, view);
+    for n in 0..10_000 {
+        world.open(n, 1);
+    }
+    world.settle();
+    world.start(2);
+    world.switch(&[(1, 1), (2, 1)]);
+    let started = world.now;
+    world.advance(SECOND * 5);
+    let progress: Vec<_> = world.node(1).replicator.transfers().collect();
+    let [TransferProgress { to, sent, acked, refused, total }] = progress[..] else { panic!("one transfer") };
+    assert_eq!((to, total, refused), (MemberId(2), 10_000, 0));
+    assert!((4_900..=5_200).contains(&sent) && sent == acked, "{sent} sent, {acked} acked after 5 s");
+    while world.node(1).replicator.transfers().count() > 0 {
+        world.advance(SECOND / 10);
+    }
+    let took = (world.now - started).as_secs_f64();
+    assert!((9.8..10.3).contains(&took), "{took} s for 10,000 records at 1,000 a second");
+    let events = &world.node(1).events;
+    assert!(
+        matches!(events[..], [Event::TransferDone { to: MemberId(2), .. }, Event::AllDone]),
+        "{events:?}"
+    );
+    assert_eq!(world.node(2).table.flows.len(), 10_000);
+}
+
+#[test]
+fn a_transfer_goes_on_after_a_reconnect_and_counts_nothing_twice() {
+    let mut world = World::new(&[1]);
+    for n in 0..20_000 {
+        world.open(n, 1);
+    }
+    world.settle();
+    world.start(2);
+    world.seed(3);
+    world.loss = 6;
+    world.switch(&[(1, 1), (2, 1)]);
+    world.advance(SECOND);
+    assert_eq!(world.node(2).table.flows.len(), 20_000);
+    let sent = world.node(1).replicator.counters().items_sent;
+    assert!(sent > 20_000, "the network lost some: {sent}");
+    let Some(Event::TransferDone { progress, .. }) = world.node(1).events.first() else { panic!("done") };
+    assert_eq!((progress.sent, progress.acked, progress.total), (20_000, 20_000, 20_000));
+    assert_eq!(world.unprotected(), 0);
+}
+
+#[test]
+fn a_transfer_to_a_member_that_dies_is_dropped_and_all_is_done() {
+    let mut world = World::new(&[1]);
+    for n in 0..100 {
+        world.open(n, 1);
+    }
+    world.settle();
+    world.start(2);
+    world.switch(&[(1, 1), (2, 1)]);
+    world.kill(2);
+    world.switch(&[(1, 1)]);
+    world.settle();
+    let events = &world.node(1).events;
+    assert_eq!(events[0], Event::TransferDropped { to: MemberId(2), records: 100 });
+    assert_eq!(events[1], Event::AllDone);
+    assert_eq!(world.node(1).replicator.poll_timeout(), None);
+}
+
+#[test]
+fn flows_that_end_while_they_wait_are_not_transferred() {
+    let mut world = World::new(&[1]);
+    for n in 0..4 {
+        world.open(n, 1);
+    }
+    world.settle();
+    world.start(2);
+    world.disconnect(1, 2);
+    world.switch(&[(1, 1), (2, 1)]);
+    world.change(1, 2, FlowState::Reset);
+    world.settle();
+    world.expired(1, 2);
+    world.settle();
+    world.connect(1, 2);
+    world.settle();
+    assert_eq!(world.node(2).table.flows.len(), 3);
+    assert_eq!(world.node(2).replicator.counters().barred, 0);
+    assert!(world.node(1).events.contains(&Event::AllDone));
+}
+
+#[test]
+fn bad_bytes_close_the_connection_and_change_nothing() {
+    let mut world = World::new(&[1, 2]);
+    let now = world.now;
+    let replicator = &mut world.node(1).replicator;
+    assert_eq!(replicator.handle_data(now, MemberId(9), b"PHXR"), Err(PeerError::NotConnected));
+    assert_eq!(
+        replicator.handle_data(now, MemberId(2), b"GET / HTTP"),
+        Err(PeerError::Codec(CodecError::Magic))
+    );
+    assert_eq!(replicator.poll_apply(), None);
+    // The twin: after a reconnect the stream begins anew.
+    replicator.handle_disconnected(now, MemberId(2));
+    replicator.handle_connected(now, MemberId(2));
+    assert_eq!(replicator.handle_data(now, MemberId(2), b"PHXR"), Ok(()));
+}
+
+#[test]
+fn a_peer_that_ignores_its_window_is_cut_off() {
+    let mut world = World::new(&[1, 2]);
+    let now = world.now;
+    let frame = |seq| {
+        codec::encode(&Frame::Batch {
+            seq,
+            items: vec![Item::Associate { record: record(1, 1), cache: false }],
+        })
+    };
+    let replicator = &mut world.node(1).replicator;
+    for seq in 0..MAX_INBOUND as u64 {
+        assert_eq!(replicator.handle_data(now, MemberId(2), &frame(seq)), Ok(()));
+    }
+    assert_eq!(replicator.handle_data(now, MemberId(2), &frame(0)), Err(PeerError::Window));
+}
+
+#[test]
+fn tombstones_are_bounded_in_number_and_time() {
+    let start = crate::testing::epoch();
+    let mut ended = Births::new(3, SECOND * 10);
+    for n in 0..4 {
+        ended.insert(start, key(n), 100);
+    }
+    assert!(!ended.bars(&key(0), 100), "the oldest made room");
+    assert!(ended.bars(&key(3), 100) && ended.bars(&key(3), 99));
+    assert!(!ended.bars(&key(3), 101), "a later life is not barred");
+    assert!(!ended.bars(&key(3), 0), "nor one that has no birth yet");
+    ended.expire(start + SECOND * 10);
+    assert!(!ended.bars(&key(3), 100));
+}

@@ -1,0 +1,131 @@
+//! One check of one backend.
+
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::net::TcpStream;
+
+use crate::config::HealthKind;
+use crate::http;
+
+/// Why a check was bad, in a few words for the log.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Bad {
+    /// Nothing came back, or the HTTP answer took too long.
+    #[error("no answer within {}", humantime::format_duration(*.0))]
+    Timeout(Duration),
+    /// The connection was refused or broke.
+    #[error("connection failed: {0}")]
+    Connect(io::Error),
+    /// What came back was no HTTP answer.
+    #[error("no HTTP answer: {0}")]
+    Http(io::Error),
+    /// The HTTP answer was another one than expected.
+    #[error("status {found} instead of {expected}")]
+    Status {
+        /// What came.
+        found: u16,
+        /// What was expected.
+        expected: u16,
+    },
+}
+
+/// Checks over the connection that `connect` makes, all within `timeout`. `host` is the Host header where none is configured.
+pub(super) async fn check(
+    kind: &HealthKind,
+    host: &str,
+    timeout: Duration,
+    connect: impl Future<Output = io::Result<TcpStream>>,
+) -> Result<(), Bad> {
+    let steps = async {
+        let stream = connect.await.map_err(Bad::Connect)?;
+        // Closed by a reset: a check every second must not leave ports in TIME_WAIT.
+        let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+        match kind {
+            HealthKind::Tcp => Ok(()),
+            HealthKind::Http { path, host: configured, expect_status } => {
+                let host = configured.as_deref().unwrap_or(host);
+                let found = http::status(stream, host, path).await.map_err(Bad::Http)?;
+                let expected = *expect_status;
+                if found == expected { Ok(()) } else { Err(Bad::Status { found, expected }) }
+            }
+        }
+    };
+    tokio::time::timeout(timeout, steps).await.unwrap_or(Err(Bad::Timeout(timeout)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const TIMEOUT: Duration = Duration::from_millis(300);
+
+    /// A server that answers every connection with `answer`, or never if it is empty.
+    async fn server(answer: &'static str) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let mut open = Vec::new();
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                if !answer.is_empty() {
+                    let mut buffer = [0; 512];
+                    let _ = stream.read(&mut buffer).await;
+                    let _ = stream.write_all(answer.as_bytes()).await;
+                }
+                open.push(stream);
+            }
+        });
+        address
+    }
+
+    fn http() -> HealthKind {
+        HealthKind::Http { path: "/up".into(), host: None, expect_status: 200 }
+    }
+
+    #[tokio::test]
+    async fn tcp_is_good_when_somebody_listens_and_bad_when_nobody_does() {
+        let address = server("").await;
+        check(&HealthKind::Tcp, "", TIMEOUT, TcpStream::connect(address)).await.unwrap();
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let bad = check(&HealthKind::Tcp, "", TIMEOUT, TcpStream::connect(nobody)).await.unwrap_err();
+        assert!(matches!(bad, Bad::Connect(_)), "{bad}");
+    }
+
+    #[tokio::test]
+    async fn http_wants_the_status_expected() {
+        let address = server("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n").await;
+        check(&http(), "h", TIMEOUT, TcpStream::connect(address)).await.unwrap();
+        let address = server("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n").await;
+        let bad = check(&http(), "h", TIMEOUT, TcpStream::connect(address)).await.unwrap_err();
+        assert_eq!(bad.to_string(), "status 503 instead of 200");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_accepts_and_says_nothing_passes_tcp_and_fails_http() {
+        let address = server("").await;
+        check(&HealthKind::Tcp, "", TIMEOUT, TcpStream::connect(address)).await.unwrap();
+        let bad = check(&http(), "h", TIMEOUT, TcpStream::connect(address)).await.unwrap_err();
+        assert_eq!(bad.to_string(), "no answer within 300ms");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_http_is_bad() {
+        let address = server("SSH-2.0-x\r\n").await;
+        let bad = check(&http(), "h", TIMEOUT, TcpStream::connect(address)).await.unwrap_err();
+        assert!(matches!(bad, Bad::Http(_)), "{bad}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_never_comes_times_out() {
+        let bad = check(&HealthKind::Tcp, "", TIMEOUT, std::future::pending()).await.unwrap_err();
+        assert!(matches!(bad, Bad::Timeout(_)), "{bad}");
+    }
+}

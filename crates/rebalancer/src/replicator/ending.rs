@@ -1,0 +1,114 @@
+//! How flows end: by the owner's word, when no holder has seen them.
+
+use phalanx_flow::{FlowKey, FlowState, MemberId, Record};
+
+use super::idle::{BACKUP_WAIT, OWNER_WAIT};
+use super::inbound::Then;
+use super::{Apply, Item, Replicator, aged};
+
+/// A holder that saw a packet later than we did by no more than this has seen nothing: records age by their transit when copied.
+const IDLE_SLACK_MS: u32 = 250;
+
+impl Replicator {
+    pub(super) fn expire(&mut self, record: Record, at_once: bool) {
+        match record.state {
+            // Half-open entries are many and worth little, and a reset flow has its answer: both go without asking.
+            FlowState::HalfOpen | FlowState::Reset => {
+                let announce = self.is_own(&record.key) && (at_once || self.is_worth_telling(&record));
+                self.remove(&record, announce);
+            }
+            FlowState::Established | FlowState::Closing => {
+                if self.idle.insert(self.now, record) {
+                    self.ask_again(&record.key);
+                }
+            }
+        }
+    }
+
+    /// Asks who else holds the waiting flow, or ends the waiting.
+    pub(super) fn ask_again(&mut self, key: &FlowKey) {
+        let Some(waiting) = self.idle.get(key).copied() else { return };
+        let own = self.is_own(key);
+        let waited = self.now.saturating_duration_since(waiting.since);
+        let [owner, backup] = self.holders(key);
+        let other = if own { backup } else { owner }
+            .filter(|&member| member != self.config.local && self.is_live(member) && self.is_enabled());
+        match other {
+            // Nobody else can have seen it.
+            None => {
+                self.idle.remove(key);
+                self.remove(&waiting.record, own);
+            }
+            Some(_) if waited >= if own { BACKUP_WAIT } else { OWNER_WAIT } => {
+                self.counters.unanswered += 1;
+                self.idle.remove(key);
+                self.remove(&waiting.record, false);
+            }
+            Some(other) => {
+                self.push(other, Item::IdleQuery { key: *key, birth: waiting.record.birth });
+                self.idle.asked(self.now, key, Some(other));
+            }
+        }
+    }
+
+    pub(super) fn handle_idle_reply(
+        &mut self,
+        from: MemberId,
+        key: &FlowKey,
+        birth: u64,
+        theirs: Option<u32>,
+    ) {
+        let Some(waiting) = self.idle.get(key).copied() else { return };
+        if waiting.asked != Some(from) || waiting.record.birth != birth {
+            return;
+        }
+        let ours = aged(waiting.record.idle_ms, waiting.since, self.now);
+        match theirs {
+            Some(theirs) if theirs.saturating_add(IDLE_SLACK_MS) < ours => {
+                self.idle.remove(key);
+                self.inbound.push_local(Apply::Touch { key: *key, idle_ms: theirs }, Then::Nothing);
+            }
+            // The owner has it and will end it; it is asked again meanwhile, in case a packet passes there.
+            Some(_) if !self.is_own(key) => {}
+            _ => {
+                let own = self.is_own(key);
+                self.idle.remove(key);
+                self.remove(&waiting.record, own);
+            }
+        }
+    }
+
+    /// Removes an idle entry here; the end is announced once the forwarder has agreed that it is idle.
+    fn remove(&mut self, record: &Record, announce: bool) {
+        let (key, birth) = (record.key, record.birth);
+        let then = if announce { Then::Announce { key, birth } } else { Then::Forget { key, birth } };
+        self.inbound.push_local(Apply::Remove { key, birth, min_idle_ms: record.idle_ms }, then);
+    }
+
+    pub(super) fn announce_end(&mut self, key: FlowKey, birth: u64) {
+        let (holders, caches) = self.audience(&key);
+        self.note_end(&key, birth);
+        for to in holders {
+            self.push(to, Item::End { key, birth, cache: false });
+        }
+        for to in caches {
+            self.push(to, Item::End { key, birth, cache: true });
+        }
+    }
+
+    /// The flow has ended, whoever said so: nothing older is to be told or taken any more.
+    pub(super) fn note_end(&mut self, key: &FlowKey, birth: u64) {
+        self.ended.insert(self.now, *key, birth);
+        self.idle.remove_life(key, birth);
+        self.forget_unprotected(key, birth);
+        for peer in self.peers.values_mut() {
+            peer.outbox.forget(key, birth);
+        }
+    }
+
+    pub(super) fn forget_unprotected(&mut self, key: &FlowKey, birth: u64) {
+        if self.unprotected.get(key).is_some_and(|(known, _)| *known <= birth) {
+            self.unprotected.remove(key);
+        }
+    }
+}

@@ -19,8 +19,8 @@ use phalanx_flow::{BackendId, FlowEvent, FlowEventKind, FlowKey, FlowState, Memb
 use phalanx_forwarder::{Forwarder, RowSet, Upserted};
 use phalanx_membership::{Event as MemberEvent, MemberState, Metadata, View};
 use phalanx_rebalancer::{
-    Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, Policy, Ranking, Replicator, ViewInput,
-    changed_rows, former_entries, plan, plan_cache_offers, plan_refill,
+    Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, Policy, Ranking, Replicator,
+    ViewInput, changed_rows, former_entries, plan, plan_cache_offers, plan_refill,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -30,7 +30,7 @@ use super::peers::{Link, Peer, PeerEvent, Peers};
 use super::planner::{Planner, TableChange};
 use super::status::{Shared, Status};
 use crate::config::{CacheMode, Config};
-use super::usable::{HealthChange, usable_backends};
+use crate::health::{Candidate, HealthChange, HealthDriver, usable_backends};
 
 /// How often the forwarder's events are taken: the delay a flow is unprotected for at least, against wakeups.
 const TICK: Duration = Duration::from_millis(2);
@@ -131,10 +131,10 @@ pub struct Control {
     pub metadata: Metadata,
     /// What the admin API shows.
     pub shared: Arc<Shared>,
-    /// Health by service (its name) and backend; absent: not checked or not known yet, which counts as healthy.
-    pub health: HashMap<(String, BackendId), bool>,
-    /// Tells the health checks of a new configuration.
-    pub reload_health: mpsc::UnboundedSender<Config>,
+    /// Checks backends.
+    pub checks: HealthDriver,
+    /// Health by service (its name) and backend; absent: not checked, which counts as healthy.
+    health: HashMap<(String, BackendId), bool>,
     state: State,
 }
 
@@ -195,7 +195,7 @@ pub fn control(
     membership: MembershipDriver,
     metadata: Metadata,
     shared: Arc<Shared>,
-    reload_health: mpsc::UnboundedSender<Config>,
+    checks: HealthDriver,
 ) -> Control {
     Control {
         config,
@@ -207,8 +207,8 @@ pub fn control(
         membership,
         metadata,
         shared,
+        checks,
         health: HashMap::new(),
-        reload_health,
         state: State::default(),
     }
 }
@@ -347,7 +347,8 @@ impl Control {
             })
             .collect();
         self.peers.set_peers(&peers);
-        let slots = view.members.iter().map(|member| (member.id, self.planner.member_slot(member.id))).collect();
+        let slots =
+            view.members.iter().map(|member| (member.id, self.planner.member_slot(member.id))).collect();
         self.membership.command(Command::Slots(slots));
         self.replicator.handle_view(now, self.view_input(&view));
         if let Some(change) = change {
@@ -443,7 +444,9 @@ impl Control {
     fn leave_if_due(&mut self, now: Instant) {
         let Some(since) = self.state.leaving_since else { return };
         let handed_over = !self.state.transferring && self.everybody_switched();
-        if (handed_over || now.duration_since(since) >= LEAVE_AT_MOST) && self.state.ready_to_leave_at.is_none() {
+        if (handed_over || now.duration_since(since) >= LEAVE_AT_MOST)
+            && self.state.ready_to_leave_at.is_none()
+        {
             self.state.ready_to_leave_at = Some(now + LEAVE_GRACE);
         }
         if self.state.ready_to_leave_at.is_some_and(|at| at <= now) && !self.state.left {
@@ -498,22 +501,43 @@ impl Control {
     // Health, configuration.
 
     fn handle_health(&mut self, change: HealthChange) {
-        tracing::info!(service = change.service, backend = ?change.backend, healthy = change.healthy, "health");
-        self.health.insert((change.service, change.backend), change.healthy);
+        let HealthChange { service, backend, healthy, reason } = change;
+        tracing::info!(service, ?backend, healthy, reason, "health");
         self.update_backends();
     }
 
     /// What new flows of a service go to, by configuration and health; and whether that is all of them for want of a healthy one.
     fn usable(&self, service: &crate::config::ServiceConfig) -> (Vec<RankedBackend>, bool) {
-        let usable = usable_backends(service, |id| {
-            self.health.get(&(service.name.clone(), *id)).copied().unwrap_or(true)
-        });
-        (usable.backends, usable.fail_open)
+        let ids: Vec<BackendId> =
+            service.backends.iter().map(|backend| service.backend_id(backend)).collect();
+        let candidates: Vec<Candidate> = service
+            .backends
+            .iter()
+            .zip(&ids)
+            .map(|(backend, id)| Candidate {
+                weight: backend.effective_weight(),
+                healthy: self.health.get(&(service.name.clone(), *id)).copied().unwrap_or(true),
+            })
+            .collect();
+        let usable = usable_backends(&candidates);
+        let backends = ids
+            .into_iter()
+            .zip(usable.weights)
+            .filter(|(_, weight)| *weight > 0)
+            .map(|(id, weight)| RankedBackend { id, weight })
+            .collect();
+        (backends, usable.fail_open)
     }
 
     /// Brings the backend tables in line with configuration and health; half-open flows in slots that change are replicated first.
     pub fn update_backends(&mut self) {
         let now = Instant::now();
+        self.health = self
+            .checks
+            .statuses()
+            .into_iter()
+            .map(|check| ((check.service, check.backend), check.healthy))
+            .collect();
         let services = self.config.services.clone();
         let usable: Vec<Vec<RankedBackend>> = services.iter().map(|service| self.usable(service).0).collect();
         let mut changed = HashMap::new();
@@ -575,14 +599,9 @@ impl Control {
                 fixed.join(", ")
             );
         }
-        self.health.retain(|(service, backend), _| {
-            config.services.iter().any(|new| {
-                new.health.is_some()
-                    && new.name == *service
-                    && new.backends.iter().any(|of| new.backend_id(of) == *backend)
-            })
-        });
-        let _ = self.reload_health.send(config.clone());
+        if let Err(error) = self.checks.reload(&config) {
+            tracing::error!("the health checks stay as they were: {error}");
+        }
         self.config.services = config.services;
         self.config.member.weight = config.member.weight;
         self.config.cluster.transfer_rate = config.cluster.transfer_rate;
@@ -786,8 +805,12 @@ impl Control {
         self.state.warnings.retain(|_, at| now.duration_since(*at) < Duration::from_secs(60));
         let forwarder = self.forwarder.counters();
         self.state.counters.forwarder_events_lost = forwarder.events_lost;
-        let fail_open =
-            self.config.services.iter().map(|service| (service.name.clone(), self.usable(service).1)).collect();
+        let fail_open = self
+            .config
+            .services
+            .iter()
+            .map(|service| (service.name.clone(), self.usable(service).1))
+            .collect();
         let status = Status {
             view: Arc::clone(&self.state.view),
             warnings: self.state.warnings.keys().cloned().collect(),

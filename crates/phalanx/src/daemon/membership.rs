@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use phalanx_flow::{MemberId, MemberSlot};
 use phalanx_forwarder::Forwarder;
-use phalanx_membership::{Config, Counters, Event, KeyRing, Membership, Metadata, PushPullError, Shared, View};
+use phalanx_membership::{
+    Config, Counters, Event, KeyRing, Membership, Metadata, PushPullError, Shared, View,
+};
 use tokio::sync::{mpsc, oneshot};
 
 /// The thread looks at commands, echoes and the forwarder at least this often.
@@ -112,8 +114,7 @@ impl MembershipDriver {
             echoes: Echoes::new(echo_period),
             alive: true,
         };
-        let thread =
-            std::thread::Builder::new().name("membership".to_owned()).spawn(move || worker.run())?;
+        let thread = std::thread::Builder::new().name("membership".to_owned()).spawn(move || worker.run())?;
         Ok(Self { commands, thread: Some(thread) })
     }
 

@@ -11,7 +11,6 @@ pub mod planner;
 #[cfg(feature = "rawsock")]
 mod rawsock;
 pub mod status;
-pub mod usable;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -20,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
+use phalanx_flow::BackendId;
 use phalanx_flow::score::{Best, Scoring};
 use phalanx_flow::table::BackupSite;
 use phalanx_forwarder::{Forwarder, Handoff, Plan};
@@ -35,6 +35,7 @@ use self::peers::{Identity, Peers};
 use self::planner::{Fixed, Planner};
 use self::status::{DriverCounters, Shared, Source, Status};
 use crate::config::{self, CacheMode, Config, Profile, Replicate, ScoringKind};
+use crate::health::{HealthDriver, ProbeSender};
 
 /// How the daemon ended.
 #[derive(Debug)]
@@ -88,18 +89,15 @@ async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
     let settings = membership_config(&config, keys, metadata.clone());
     let membership = MembershipDriver::start(settings, Arc::clone(&forwarder), member_events)?;
 
-    let (_health_changes, health_inbox) = mpsc::unbounded_channel();
-    let (reload_health, _health_reloads) = mpsc::unbounded_channel();
+    let (health_changes, health_inbox) = mpsc::unbounded_channel();
+    let probes = Arc::new(Probes(Arc::clone(&forwarder)));
+    let health = HealthDriver::start(&config, probes, health_changes)?;
     let (requests, requests_inbox) = mpsc::unbounded_channel();
 
-    let shared = Arc::new(Shared { status: arc_swap::ArcSwap::from_pointee(first_status(&config, &planner)) });
-    let source = Source::new(
-        &config,
-        Arc::clone(&shared),
-        Arc::clone(&forwarder),
-        peers.clone(),
-        requests.clone(),
-    );
+    let shared =
+        Arc::new(Shared { status: arc_swap::ArcSwap::from_pointee(first_status(&config, &planner)) });
+    let source =
+        Source::new(&config, Arc::clone(&shared), Arc::clone(&forwarder), peers.clone(), requests.clone());
     serve_admin(config.admin.listen, source).await?;
     spawn_signals(config.file.clone(), requests)?;
 
@@ -125,21 +123,23 @@ async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
         env!("CARGO_PKG_VERSION")
     );
     let mut control = control(
-        config,
-        planner,
-        replicator,
-        forwarder,
-        next_hops,
-        peers,
-        membership,
-        metadata,
-        shared,
-        reload_health,
+        config, planner, replicator, forwarder, next_hops, peers, membership, metadata, shared, health,
     );
     control.update_backends();
     match control.run(inboxes).await {
         End::Left => Ok(Ended::Left),
         End::Refused(sentence) => Ok(Ended::Refused(sentence)),
+    }
+}
+
+/// Sends the packets of health checks the way flows go.
+struct Probes(Arc<dyn Forwarder>);
+
+impl ProbeSender for Probes {
+    fn send_probe(&self, backend: BackendId, ip_packet: &[u8]) {
+        if let Err(error) = self.0.send_probe(&backend, ip_packet) {
+            tracing::debug!(?backend, "health check: {error}");
+        }
     }
 }
 

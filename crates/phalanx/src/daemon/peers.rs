@@ -144,8 +144,9 @@ impl Peers {
         address: SocketAddr,
         events: mpsc::UnboundedSender<PeerEvent>,
     ) -> anyhow::Result<Self> {
-        let mut endpoint = quinn::Endpoint::server(server_config(identity)?, address)
-            .with_context(|| format!("listen for QUIC on {address} (member.address, cluster.transfer_port)"))?;
+        let mut endpoint = quinn::Endpoint::server(server_config(identity)?, address).with_context(|| {
+            format!("listen for QUIC on {address} (member.address, cluster.transfer_port)")
+        })?;
         endpoint.set_default_client_config(client_config(identity)?);
         let shared = Arc::new(Shared {
             local,
@@ -176,7 +177,8 @@ impl Peers {
         });
         for peer in peers {
             wanted.entry(peer.id).or_insert_with(|| {
-                let dialer = (self.0.local < peer.id).then(|| tokio::spawn(dial(Arc::clone(&self.0), peer.clone())));
+                let dialer =
+                    (self.0.local < peer.id).then(|| tokio::spawn(dial(Arc::clone(&self.0), peer.clone())));
                 (peer.clone(), dialer)
             });
         }

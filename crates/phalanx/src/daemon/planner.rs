@@ -153,8 +153,7 @@ impl Planner {
                 site: site_number(&member.metadata.site),
             })
             .collect();
-        let boots: BTreeMap<MemberId, u64> =
-            view.ranked().map(|member| (member.id, member.boot)).collect();
+        let boots: BTreeMap<MemberId, u64> = view.ranked().map(|member| (member.id, member.boot)).collect();
         let old_members = self.current.table.members();
         if same_members(&old_members, &ranked) && boots == self.boots {
             return Ok(None);

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use phalanx_admin::metrics::{self, Sample};
 use phalanx_admin::{
-    AdminSource, BackendHealth, BackendStatus, Explain, FlowQuery, Health, Holder, MemberStatus, Members, Ranked,
-    ServiceStatus, Services,
+    AdminSource, BackendHealth, BackendStatus, Explain, FlowQuery, Health, Holder, MemberStatus, Members,
+    Ranked, ServiceStatus, Services,
 };
 use phalanx_flow::member::Liveness;
 use phalanx_flow::{BackendId, FlowKey, FlowState, MemberId, flow_hash};
@@ -227,9 +227,8 @@ impl Source {
                 _ => BackendHealth::Healthy,
             }
         };
-        let flows_to = |id: &BackendId| {
-            flows.get(&(service.address, service.port, *id)).copied().unwrap_or_default()
-        };
+        let flows_to =
+            |id: &BackendId| flows.get(&(service.address, service.port, *id)).copied().unwrap_or_default();
         let mut backends: Vec<BackendStatus> = service
             .backends
             .iter()
@@ -329,7 +328,11 @@ impl AdminSource for Source {
         let status = self.shared.status.load();
         let flows = self.backend_flows();
         Services {
-            services: status.services.iter().map(|service| self.service_status(&status, service, &flows)).collect(),
+            services: status
+                .services
+                .iter()
+                .map(|service| self.service_status(&status, service, &flows))
+                .collect(),
         }
     }
 
@@ -561,7 +564,8 @@ fn forwarder_samples(counters: &Counters) -> Vec<Sample> {
 
 fn verdict(facts: &FlowFacts, local: MemberId, held_here: bool, recorded: Option<IpAddr>) -> String {
     if facts.service.is_none() {
-        return "no service here: a packet is left to the kernel, or dropped if the address is a service's".to_owned();
+        return "no service here: a packet is left to the kernel, or dropped if the address is a service's"
+            .to_owned();
     }
     match (held_here, recorded, facts.acting_owner) {
         (true, Some(backend), _) => format!("this member has the flow and forwards its packets to {backend}"),
@@ -570,12 +574,15 @@ fn verdict(facts: &FlowFacts, local: MemberId, held_here: bool, recorded: Option
         }
         (_, _, Some(owner)) if owner == local => match facts.consistent {
             Some(backend) => {
-                format!("nobody has the flow: this member, its owner, would send a new connection to {backend}")
+                format!(
+                    "nobody has the flow: this member, its owner, would send a new connection to {backend}"
+                )
             }
             None => "nobody has the flow, and the service has no backend".to_owned(),
         },
-        (_, _, Some(owner)) => format!("nobody has the flow: a packet is handed off to its owner, member {owner}"),
+        (_, _, Some(owner)) => {
+            format!("nobody has the flow: a packet is handed off to its owner, member {owner}")
+        }
         (_, _, None) => "no member is active".to_owned(),
     }
 }
-

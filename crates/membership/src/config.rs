@@ -225,6 +225,10 @@ pub struct Shared {
     pub scoring: Digest,
     /// The number of rows.
     pub rows: Digest,
+    /// Where backups are looked for: it takes part in the ranking.
+    pub backup_site: Digest,
+    /// The port of handed-off packets.
+    pub handoff_port: Digest,
     /// The services' addresses, ports and protocols; not their backends.
     pub services: Digest,
 }
@@ -232,7 +236,15 @@ pub struct Shared {
 impl Shared {
     /// One digest of everything, with the timing, on which the leases depend.
     pub(crate) fn digest(&self, timing: Digest) -> Digest {
-        let fields = [self.hash_seed, self.scoring, self.rows, self.services, timing];
+        let fields = [
+            self.hash_seed,
+            self.scoring,
+            self.rows,
+            self.backup_site,
+            self.handoff_port,
+            self.services,
+            timing,
+        ];
         let mut bytes = Vec::with_capacity(fields.len() * 8);
         for field in fields {
             bytes.extend_from_slice(&field.0.to_be_bytes());
@@ -248,6 +260,10 @@ impl Shared {
             Some(SharedField::Scoring)
         } else if self.rows != other.rows {
             Some(SharedField::Rows)
+        } else if self.backup_site != other.backup_site {
+            Some(SharedField::BackupSite)
+        } else if self.handoff_port != other.handoff_port {
+            Some(SharedField::HandoffPort)
         } else if self.services != other.services {
             Some(SharedField::Services)
         } else {
@@ -269,6 +285,10 @@ pub enum SharedField {
     Services,
     /// [`Config::timing`].
     Timing,
+    /// [`Shared::backup_site`].
+    BackupSite,
+    /// [`Shared::handoff_port`].
+    HandoffPort,
 }
 
 impl SharedField {
@@ -280,6 +300,8 @@ impl SharedField {
             Self::Rows => "rows",
             Self::Services => "services",
             Self::Timing => "profile",
+            Self::BackupSite => "backup_site",
+            Self::HandoffPort => "handoff_port",
         }
     }
 }
@@ -335,10 +357,12 @@ mod tests {
     #[test]
     fn what_must_be_equal_is_digested_field_by_field() {
         let base = Shared::default();
-        let fields: [(SharedField, Shared); 4] = [
+        let fields: [(SharedField, Shared); 6] = [
             (SharedField::HashSeed, Shared { hash_seed: Digest(1), ..base.clone() }),
             (SharedField::Scoring, Shared { scoring: Digest(1), ..base.clone() }),
             (SharedField::Rows, Shared { rows: Digest(1), ..base.clone() }),
+            (SharedField::BackupSite, Shared { backup_site: Digest(1), ..base.clone() }),
+            (SharedField::HandoffPort, Shared { handoff_port: Digest(1), ..base.clone() }),
             (SharedField::Services, Shared { services: Digest(1), ..base.clone() }),
         ];
         for (field, other) in fields {

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, ConfigError};
-use crate::{check, daemon, keys, logging, query};
+use crate::{check, daemon, decap, keys, lab, logging, query};
 
 /// Exit status for a configuration or a machine that must be put right first.
 pub const EXIT_USAGE: u8 = 2;
@@ -62,6 +62,10 @@ pub enum Command {
         #[command(flatten)]
         query: Query,
     },
+    /// Build a site in network namespaces, run real connections through real members, do things to them, and count what breaks.
+    Lab(Box<lab::LabArgs>),
+    /// Take IP-in-IP and GUE apart on a backend whose kernel cannot.
+    Decap(decap::DecapArgs),
 }
 
 /// A question to the local daemon.
@@ -92,6 +96,11 @@ pub fn main() -> ExitCode {
             let path = format!("/v1/explain?src={source}&dst={destination}&protocol={protocol}");
             answer(query::ask(admin, &path, json, query::explain))
         }
+        Command::Lab(args) => lab::command(&args),
+        Command::Decap(args) => match decap::run(&args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&format!("{error:#}")),
+        },
     }
 }
 

@@ -14,8 +14,8 @@ use super::reader::{self, At, Section, Source};
 use super::{
     ADMIN_PORT, AdminConfig, BackendConfig, BackupSite, CacheMode, ClusterConfig, Config, DEFAULT_WEIGHT,
     ForwarderConfig, ForwarderKind, GOSSIP_PORT, GUE_PORT, HANDOFF_PORT, HealthConfig, HealthKind, LogConfig,
-    LogFormat, MAX_WEIGHT, MemberConfig, Profile, Protocol, Replicate, ScoringKind, Seed, ServiceConfig,
-    TRANSFER_PORT, id_of, method_name,
+    LogFormat, MAX_SEEDS, MAX_WEIGHT, MemberConfig, Profile, Protocol, Replicate, ScoringKind, Seed,
+    ServiceConfig, TRANSFER_PORT, id_of, method_name,
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -105,6 +105,11 @@ fn member(section: &mut Section<'_, '_>) -> MemberConfig {
     });
     let cache = section.choice("cache", &[("off", CacheMode::Off), ("all", CacheMode::All)]);
     let seeds = section.list("seeds", seed).unwrap_or_default();
+    if seeds.len() > MAX_SEEDS {
+        let message =
+            format!("{} seeds are too many: name at most {MAX_SEEDS} members to join through", seeds.len());
+        section.fail(section.line(), "seeds", Kind::Range, message);
+    }
     let state_dir = section.take("state_dir", |value| reader::string(value).map(PathBuf::from));
 
     let mut ids: HashMap<MemberId, IpAddr> = HashMap::new();

@@ -2,6 +2,7 @@
 
 use std::hash::Hasher;
 
+use phalanx_membership::{Digest, Shared};
 use siphasher::sip::SipHasher24;
 
 use super::{BackupSite, Config, ServiceConfig, method_name};
@@ -61,6 +62,23 @@ impl ClusterDigests {
             })
         }));
         Self { must_match, backends: digest("backends", &backends) }
+    }
+
+    /// What the gossip compares. The cluster's name and the profile are compared there by other means: the first goes into the
+    /// keys, the second is digested with the timing.
+    pub fn shared(&self) -> Shared {
+        let field = |name| {
+            let found = self.must_match.iter().find(|field| field.name == name);
+            found.map_or(Digest::default(), |field| Digest(field.digest))
+        };
+        Shared {
+            hash_seed: field("cluster.hash_seed"),
+            scoring: field("cluster.scoring"),
+            rows: field("rows"),
+            backup_site: field("cluster.backup_site"),
+            handoff_port: field("cluster.handoff_port"),
+            services: field("service"),
+        }
     }
 
     /// The names of the fields in which `other` differs.

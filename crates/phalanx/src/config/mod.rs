@@ -39,6 +39,9 @@ pub const DEFAULT_WEIGHT: u32 = 100;
 /// Greatest weight of a member or backend: 16 bits, so that scores times weights fit in integers.
 pub const MAX_WEIGHT: u32 = 65_535;
 
+/// Seeds at most: a few are enough to join by.
+pub const MAX_SEEDS: usize = 256;
+
 /// A whole configuration, checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -74,7 +77,8 @@ pub struct MemberConfig {
     /// Whether the member keeps a cache of other members' flows, default off. `all` costs memory and replication traffic and
     /// saves hand-offs.
     pub cache: CacheMode,
-    /// Members to announce to, default none: alone until another one calls. The member's own address may be among them.
+    /// Members to announce to, at most 256, default none: alone until another one calls. The member's own address may be among
+    /// them.
     pub seeds: Vec<Seed>,
     /// Directory in which the boot number is kept, default none: the boot number is then the time of the start.
     pub state_dir: Option<PathBuf>,

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use phalanx_membership::{Digest, Shared};
+
 use super::*;
 use crate::keys::KeyFileError;
 
@@ -330,6 +332,13 @@ fn digests_name_the_field_that_differs_and_nothing_else() {
     assert_eq!(ours.differences(&other("\"rendezvous\"", "\"crc8-highest\"")), ["cluster.scoring", "rows"]);
     assert_eq!(ours.differences(&other("port = 80", "port = 81")), ["service"]);
     assert_eq!(ours.differences(&other("port = 53", "port = 54")), ["service"]);
+    let (shared, sites) = (ours.shared(), other("backup_site = \"any\"", "backup_site = \"other\"").shared());
+    assert_ne!(shared.backup_site, sites.backup_site);
+    assert_eq!(Shared { backup_site: shared.backup_site, ..sites }, shared);
+    assert_ne!(shared.services, other("port = 80", "port = 81").shared().services);
+    assert!(
+        ![shared.hash_seed, shared.scoring, shared.rows, shared.handoff_port].contains(&Digest::default())
+    );
     // What may differ.
     for (from, to) in [("id = 1 ", "id = 2 "), ("eth0", "eth0"), ("15m", "16m"), ("7947", "7948")] {
         assert_eq!(ours, other(from, to), "{from}");

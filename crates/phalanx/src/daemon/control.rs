@@ -139,6 +139,7 @@ pub struct Control {
 }
 
 /// What changes as the task runs.
+#[derive(Default)]
 struct State {
     view: Arc<View>,
     links: HashMap<MemberId, Link>,
@@ -151,24 +152,6 @@ struct State {
     warnings: BTreeMap<String, Instant>,
     view_changes: u64,
     counters: super::status::DriverCounters,
-}
-
-impl Default for State {
-    fn default() -> Self {
-        Self {
-            view: Arc::default(),
-            links: HashMap::new(),
-            window_opened: None,
-            transferring: false,
-            leaving_since: None,
-            ready_to_leave_at: None,
-            left: false,
-            events_lost: 0,
-            warnings: BTreeMap::new(),
-            view_changes: 0,
-            counters: super::status::DriverCounters::default(),
-        }
-    }
 }
 
 /// The channels the control task listens on.

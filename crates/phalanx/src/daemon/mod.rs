@@ -217,7 +217,9 @@ fn shared_digests(config: &Config) -> phalanx_membership::Shared {
     };
     phalanx_membership::Shared {
         hash_seed: of(&["cluster.hash_seed"]),
-        scoring: of(&["cluster.scoring", "cluster.backup_site", "cluster.handoff_port"]),
+        scoring: of(&["cluster.scoring"]),
+        backup_site: of(&["cluster.backup_site"]),
+        handoff_port: of(&["cluster.handoff_port"]),
         rows: of(&["rows"]),
         services: of(&["service"]),
     }

@@ -112,6 +112,9 @@ pub type Link = u64;
 const FRAMES: u8 = b'F';
 const REQUEST: u8 = b'R';
 
+/// A peer that the view names, and the task that dials it if it is ours to dial.
+type Wanted = (Peer, Option<JoinHandle<()>>);
+
 struct Open {
     link: Link,
     connection: quinn::Connection,
@@ -122,7 +125,7 @@ struct Shared {
     local: MemberId,
     endpoint: quinn::Endpoint,
     by_fingerprint: Mutex<HashMap<Fingerprint, MemberId>>,
-    wanted: Mutex<HashMap<MemberId, (Peer, Option<JoinHandle<()>>)>>,
+    wanted: Mutex<HashMap<MemberId, Wanted>>,
     open: Mutex<HashMap<MemberId, Open>>,
     next_link: AtomicU64,
     events: mpsc::UnboundedSender<PeerEvent>,

@@ -94,10 +94,9 @@ impl Selection {
 
     /// With the ethertype loaded: decides if it is IPv4 or IPv6, else goes on with the ethertype still loaded.
     fn family(&self, program: &mut Vec<BpfInstruction>, l3: u32, ours: u32, others: u32) {
-        for (ethertype, body) in [
-            (ETHERTYPE_IPV4, self.ipv4(l3, ours, others)),
-            (ETHERTYPE_IPV6, self.ipv6(l3, ours, others)),
-        ] {
+        for (ethertype, body) in
+            [(ETHERTYPE_IPV4, self.ipv4(l3, ours, others)), (ETHERTYPE_IPV6, self.ipv6(l3, ours, others))]
+        {
             // Conditional jumps reach 255 instructions; an unconditional one reaches all.
             program.push(ins(JEQ, 1, 0, ethertype));
             program.push(ins(0x05, 0, 0, body.len() as u32));

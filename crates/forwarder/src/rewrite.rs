@@ -116,6 +116,18 @@ pub fn process<S: Sink>(
     }
 }
 
+/// Works off a hand-off that the kernel reassembled from fragments: `frame` is what follows the UDP header, sent by `from`.
+pub fn process_datagram<S: Sink>(
+    batch: &Batch<'_>,
+    scratch: &mut Scratch,
+    frame: &mut FrameBuf<'_>,
+    from: std::net::IpAddr,
+    sink: &mut S,
+) {
+    let outer = own::datagram(frame, from);
+    Work { batch, scratch, ingress: 0, sink }.hand_off_in(frame, &outer, Offload::NONE);
+}
+
 /// A packet that cannot be read goes no further if it is for a service; otherwise it is none of our business.
 fn malformed<S: Sink>(batch: &Batch<'_>, error: &ParseError, sink: &mut S) {
     if error.family != 0 && batch.plan().is_service_address(&error.destination) {

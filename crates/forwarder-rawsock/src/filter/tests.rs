@@ -41,10 +41,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn selection() -> Selection {
-    Selection::new(
-        ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"].map(ip),
-        (ip("10.0.0.1"), 6081),
-    )
+    Selection::new(["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"].map(ip), (ip("10.0.0.1"), 6081))
 }
 
 fn v4(destination: &str, protocol: u8, port: u16) -> Vec<u8> {

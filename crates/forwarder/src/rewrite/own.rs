@@ -1,5 +1,7 @@
 //! Packets that the forwarder sends of itself: hand-off echoes and the daemon's probes.
 
+use std::net::IpAddr;
+
 use phalanx_flow::encap::{self, EncapError, HandOffFlags, HandOffHeader, LinkHeader, Outer};
 use phalanx_flow::key::octets;
 use phalanx_flow::packet::{Fragment, Frame, FrameBuf, HEADROOM, Link, Packet, PacketKind, Reader, parse};
@@ -96,6 +98,20 @@ const TOKEN_PACKET: Packet = Packet {
     tos: 0,
     dont_fragment: true,
 };
+
+/// What the outer packet of a reassembled hand-off would have parsed to, as far as opening it goes.
+pub(super) fn datagram(frame: &FrameBuf<'_>, from: IpAddr) -> Packet {
+    let (source, family) = octets(from);
+    // A datagram of UDP is never longer.
+    let length = u16::try_from(frame.len()).unwrap_or(u16::MAX);
+    Packet {
+        key: FlowKey { source, family, ..TOKEN_PACKET.key },
+        l3_length: length,
+        l4_length: length,
+        payload_length: length,
+        ..TOKEN_PACKET
+    }
+}
 
 /// An echo came in: its answer goes back the way it came, an answer to ours goes to the daemon.
 #[cold]

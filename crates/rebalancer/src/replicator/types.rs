@@ -84,7 +84,7 @@ pub enum Apply {
         /// The birth.
         birth: u64,
     },
-    /// Set [`FlowFlags::PROTECTED`] if the entry still has this birth and update.
+    /// Set [`FlowFlags::PROTECTED`](phalanx_flow::FlowFlags::PROTECTED) if the entry still has this birth and update.
     Protect {
         /// The flow.
         key: FlowKey,

@@ -27,23 +27,11 @@ pub use path::HealthError;
 pub use state::Health;
 pub use usable::{Candidate, Usable, usable_backends};
 
-use std::sync::Arc;
-
 use phalanx_flow::BackendId;
-use phalanx_forwarder::Forwarder;
 
 /// Whoever can send a packet to a backend by its method: the forwarder.
 pub trait ProbeSender: Send + Sync + 'static {
     /// Sends `ip_packet`, a whole IPv4 or IPv6 packet from this member to a service's address, to `backend` in the frame or
     /// tunnel of its method. Packets that cannot be sent are dropped: the check fails and says so. Must not block.
     fn send_probe(&self, backend: BackendId, ip_packet: &[u8]);
-}
-
-/// `Arc::new(forwarder)` is a [`ProbeSender`] for the driver.
-impl ProbeSender for Arc<dyn Forwarder> {
-    fn send_probe(&self, backend: BackendId, ip_packet: &[u8]) {
-        if let Err(error) = (**self).send_probe(&backend, ip_packet) {
-            tracing::debug!(?backend, %error, "the packet of a health check was not sent");
-        }
-    }
 }

@@ -67,7 +67,7 @@ fn mistakes_end_check_and_run_with_status_2_and_a_line_each() {
             format!("{file}:7: member.weight: -1 is below 0"),
             format!("{file}:8: member.wieght: unknown field"),
             // No key was made.
-            format!("{file}:17: cluster.key_file: {}", directory.0.join("cluster.key").display()),
+            format!("{file}:16: cluster.key_file: {}", directory.0.join("cluster.key").display()),
         ] {
             assert!(said.contains(&line), "{line} is missing in\n{said}");
         }

@@ -173,7 +173,7 @@ impl Lab {
         }
         for host in &self.world.backends {
             let mut command = Command::new(&self.program);
-            command.args(["decap", "--tun", DECAP_DEVICE, "--gue-port", &GUE_PORT.to_string()]);
+            command.args(["decap", "--device", DECAP_DEVICE, "--gue-port", &GUE_PORT.to_string()]);
             command.stdin(Stdio::null()).stdout(Stdio::null());
             let child = host.netns.spawn(&mut command)?;
             self.decapsulators.push(Decapsulator { backend: host.number, child });

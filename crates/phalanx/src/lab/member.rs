@@ -150,7 +150,8 @@ impl Member {
         let log = OpenOptions::new().create(true).append(true).open(&self.log)?;
         let mut command = Command::new(&self.program);
         command.arg("run").arg("--config").arg(&self.config);
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        // The log is a file: colours would be in the way of who reads it, the lab's messages included.
+        command.env("NO_COLOR", "1").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.life = Life::Running(self.netns.spawn(&mut command)?);
         Ok(())
     }

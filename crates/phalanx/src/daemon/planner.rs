@@ -215,7 +215,10 @@ impl Planner {
             let plan = match kept {
                 Some(at) => ServicePlan { config: config.clone(), ..old.swap_remove(at) },
                 None => {
-                    let table = BackendTable::new(service_key(self.fixed.seed, config), &[]);
+                    let table = BackendTable::new(
+                        service_key(self.fixed.seed, config.address, config.port, config.protocol.number()),
+                        &[],
+                    );
                     let slots = table.to_indexes(|_| BackendIndex::NONE).into();
                     ServicePlan { config: config.clone(), table, slots, unsettled: None }
                 }
@@ -375,14 +378,14 @@ fn site_number(site: &str) -> u32 {
 }
 
 /// The ranking key of a service's backends: each service ranks them anew, every member alike.
-fn service_key(seed: FlowSeed, config: &ServiceConfig) -> [u64; 2] {
+pub fn service_key(seed: FlowSeed, address: IpAddr, port: u16, protocol: u8) -> [u64; 2] {
     let [k0, k1] = seed.0;
     let part = |salt: u8| {
         let mut hasher = SipHasher24::new_with_keys(k0, k1);
         hasher.write_u8(salt);
-        hasher.write(&phalanx_flow::key::octets(config.address).0);
-        hasher.write(&config.port.to_be_bytes());
-        hasher.write_u8(config.protocol.number());
+        hasher.write(&phalanx_flow::key::octets(address).0);
+        hasher.write(&port.to_be_bytes());
+        hasher.write_u8(protocol);
         hasher.finish()
     };
     [part(1), part(2)]

@@ -29,7 +29,7 @@ use super::next_hops::NextHopDriver;
 use super::peers::{Link, Peer, PeerEvent, Peers};
 use super::planner::{Planner, TableChange};
 use super::status::{Shared, Status};
-use crate::config::{CacheMode, Config};
+use crate::config::{CacheMode, Config, ServiceConfig};
 use crate::health::{Candidate, HealthChange, HealthDriver, usable_backends};
 
 /// How often the forwarder's events are taken: the delay a flow is unprotected for at least, against wakeups.
@@ -46,6 +46,9 @@ const METADATA_EVERY: Duration = Duration::from_secs(1);
 /// that for packets that were on their way.
 const LEAVE_AT_MOST: Duration = Duration::from_secs(10);
 const LEAVE_GRACE: Duration = Duration::from_millis(500);
+
+/// What clients send at the most: Ethernet's MTU.
+const CLIENT_MTU: u16 = 1500;
 
 /// What peers ask by [`Peers::request`].
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
@@ -109,6 +112,28 @@ pub enum End {
     Left,
     /// The cluster refuses it; the sentence says why.
     Refused(String),
+}
+
+/// What new flows of a service go to, by configuration and health; and whether that is all of them for want of a healthy one.
+pub fn usable_of(
+    service: &ServiceConfig,
+    healthy: impl Fn(&BackendId) -> bool,
+) -> (Vec<RankedBackend>, bool) {
+    let ids: Vec<BackendId> = service.backends.iter().map(|backend| service.backend_id(backend)).collect();
+    let candidates: Vec<Candidate> = service
+        .backends
+        .iter()
+        .zip(&ids)
+        .map(|(backend, id)| Candidate { weight: backend.effective_weight(), healthy: healthy(id) })
+        .collect();
+    let usable = usable_backends(&candidates);
+    let backends = ids
+        .into_iter()
+        .zip(usable.weights)
+        .filter(|(_, weight)| *weight > 0)
+        .map(|(id, weight)| RankedBackend { id, weight })
+        .collect();
+    (backends, usable.fail_open)
 }
 
 /// Everything the control task owns.
@@ -244,6 +269,7 @@ impl Control {
             if metadata_at <= now {
                 metadata_at = now + METADATA_EVERY;
                 self.publish_metadata();
+                self.check_paths(now);
             }
         }
     }
@@ -782,6 +808,25 @@ impl Control {
         self.metadata.unprotected = self.replicator.unprotected() as u64;
         self.metadata.backends = phalanx_membership::Digest(self.config.cluster_digests().backends);
         self.membership.command(Command::Metadata(self.metadata.clone()));
+    }
+
+    /// Says where the path to a peer is too narrow for hand-offs of full-size packets, and what to set.
+    fn check_paths(&mut self, now: Instant) {
+        if self.config.cluster.handoff_fragment {
+            return;
+        }
+        let family = if self.config.member.address.is_ipv4() { 4 } else { 6 };
+        let needed = CLIENT_MTU + phalanx_flow::encap::hand_off_overhead(family);
+        for peer in self.state.links.keys() {
+            let Some(mtu) = self.peers.path_mtu(*peer).filter(|mtu| *mtu < needed) else { continue };
+            let sentence = format!(
+                "the path to member {peer} takes packets of {mtu} bytes, and hand-offs of full-size packets need {needed}: \
+                 set the MTU between members to 1600, or cluster.handoff_fragment = true on every member"
+            );
+            if self.state.warnings.insert(sentence.clone(), now).is_none() {
+                tracing::warn!("{sentence}");
+            }
+        }
     }
 
     fn publish_status(&mut self, now: Instant) {

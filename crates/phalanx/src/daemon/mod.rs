@@ -77,6 +77,13 @@ async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
         .with_context(|| format!("cluster.key_file {}", config.cluster.key_file.display()))?;
     let mut planner = Planner::new(fixed(&config, &keys)).context("cluster.scoring")?;
     planner.set_services(&config.services);
+    // The forwarder carries packets from its first moment on: it must know all backends then.
+    let now = Instant::now();
+    for (index, service) in config.services.iter().enumerate() {
+        planner.set_usable(index, &control::usable_of(service, |_| true).0, now);
+    }
+    // There are no flows yet that the first tables could disturb.
+    planner.settle(now + planner::UNSETTLED);
     let forwarder = start_forwarder(&config, planner.plan())?;
     let next_hops = NextHopDriver::start(Arc::clone(&forwarder))?;
 

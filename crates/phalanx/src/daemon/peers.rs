@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use aws_lc_rs::digest;
@@ -41,6 +41,13 @@ const REDIAL_LAST: Duration = Duration::from_secs(1);
 /// A dead peer's connection ends after this long; gossip has said so long before.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(6);
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
+
+/// Path MTUs are probed up to this: what a 1,500-byte packet needs once it is handed off over IPv6, rounded up (design §4).
+pub const PROBED_MTU: u16 = 1600;
+const PROBED_PAYLOAD: u16 = PROBED_MTU - 28;
+
+/// QUIC has found the path MTU by then.
+const MTU_SETTLED: Duration = Duration::from_secs(10);
 
 /// How long a request may take in all.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
@@ -117,6 +124,7 @@ type Wanted = (Peer, Option<JoinHandle<()>>);
 
 struct Open {
     link: Link,
+    since: Instant,
     connection: quinn::Connection,
     outbox: mpsc::UnboundedSender<Vec<u8>>,
 }
@@ -220,6 +228,15 @@ impl Peers {
         .with_context(|| format!("member {to} did not answer in {REQUEST_TIMEOUT:?}"))?
     }
 
+    /// The largest IP packet known to reach a peer whole, in bytes, once QUIC has had the time to find it (RFC 8899);
+    /// at most [`PROBED_MTU`].
+    pub fn path_mtu(&self, id: MemberId) -> Option<u16> {
+        let open = lock(&self.0.open);
+        let open = open.get(&id).filter(|open| open.since.elapsed() >= MTU_SETTLED)?;
+        let headers = if open.connection.remote_address().is_ipv4() { 28 } else { 48 };
+        Some(open.connection.stats().path.current_mtu.saturating_add(headers))
+    }
+
     /// Lets what is queued go out, then closes.
     pub async fn shutdown(&self) {
         for (_, dialer) in lock(&self.0.wanted).values_mut() {
@@ -274,7 +291,8 @@ async fn run_link(
 ) {
     let link = shared.next_link.fetch_add(1, Ordering::Relaxed);
     let (outbox, mut queue) = mpsc::unbounded_channel::<Vec<u8>>();
-    let before = lock(&shared.open).insert(peer, Open { link, connection: connection.clone(), outbox });
+    let before = lock(&shared.open)
+        .insert(peer, Open { link, since: Instant::now(), connection: connection.clone(), outbox });
     if let Some(before) = before {
         before.connection.close(1_u32.into(), b"replaced");
         let _ = shared.events.send(PeerEvent::Disconnected(peer, before.link));
@@ -380,7 +398,10 @@ fn peer_fingerprint(connection: &quinn::Connection) -> anyhow::Result<Fingerprin
 
 fn transport() -> anyhow::Result<Arc<quinn::TransportConfig>> {
     let mut transport = quinn::TransportConfig::default();
+    let mut discovery = quinn::MtuDiscoveryConfig::default();
+    discovery.upper_bound(PROBED_PAYLOAD);
     transport
+        .mtu_discovery_config(Some(discovery))
         .max_idle_timeout(Some(IDLE_TIMEOUT.try_into()?))
         .keep_alive_interval(Some(KEEP_ALIVE))
         .stream_receive_window((16_u32 << 20).into())
@@ -518,3 +539,6 @@ impl rustls::server::danger::ClientCertVerifier for Pinned {
         self.0.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,7 +12,7 @@ use phalanx_flow::slots::{BackendTable, RankedBackend};
 use phalanx_flow::table::{BackupSite, RankedMember, RankingError, RowTable};
 use phalanx_flow::{BackendId, BackendIndex, FlowKey, FlowSeed, MemberId, MemberSlot, Row, flow_hash};
 use phalanx_forwarder::{Handoff, Plan, PlanBackend, PlanMember, PlanService, SlotSet};
-use phalanx_membership::{MemberState, View};
+use phalanx_membership::View;
 use phalanx_rebalancer::{Ranking, Survivors};
 use siphasher::sip::SipHasher24;
 
@@ -391,7 +391,5 @@ pub fn service_key(seed: FlowSeed, address: IpAddr, port: u16, protocol: u8) -> 
     [part(1), part(2)]
 }
 
-/// What memberships say of a member whose state is not active or leaving counts as joining.
-pub fn is_active(state: MemberState) -> bool {
-    matches!(state, MemberState::Active)
-}
+#[cfg(test)]
+mod tests;

@@ -88,6 +88,10 @@ pub struct LabOptions {
     pub service_lines: String,
     /// Lines to add to the cluster's section of every member's configuration.
     pub cluster_lines: String,
+    /// Lines to add to the forwarder's section of every member's configuration.
+    pub forwarder_lines: String,
+    /// The service is for datagrams; the caller brings its own servers and clients, so `traffic` must be off.
+    pub udp: bool,
     /// Log level of the members.
     pub log_level: String,
     /// What is done, in order of time.
@@ -130,6 +134,8 @@ impl Default for LabOptions {
             cache: false,
             service_lines: String::new(),
             cluster_lines: String::new(),
+            forwarder_lines: String::new(),
+            udp: false,
             log_level: "info".to_owned(),
             events: Vec::new(),
             direct: false,
@@ -234,7 +240,7 @@ pub struct LabArgs {
     cache: bool,
     /// Read the events from a file.
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "kill", "crash", "pause", "join", "leave", "restart", "add_backend", "drain_backend", "crash_backend", "reload",
+        "kill", "crash", "pause", "join", "leave", "restart", "add_backend", "drain_backend", "crash_backend", "reload", "enter",
     ])]
     scenario: Option<PathBuf>,
     #[command(flatten)]
@@ -295,6 +301,8 @@ impl LabArgs {
             cache: self.cache,
             service_lines: if fragment { "fragment = true".to_owned() } else { String::new() },
             cluster_lines: String::new(),
+            forwarder_lines: String::new(),
+            udp: false,
             log_level: self.log_level.clone(),
             events,
             direct: self.direct,

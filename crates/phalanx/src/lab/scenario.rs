@@ -34,6 +34,8 @@ pub enum Action {
     CrashBackend(u32),
     /// SIGHUP to one member, or to all.
     Reload(Option<u32>),
+    /// The router sends all packets by one member, or (`None`) by all again.
+    Enter(Option<u32>),
 }
 
 /// An action and its time.
@@ -61,6 +63,8 @@ impl fmt::Display for Action {
             Self::CrashBackend(id) => write!(f, "crash backend {id}"),
             Self::Reload(Some(id)) => write!(f, "reload {id}"),
             Self::Reload(None) => write!(f, "reload all"),
+            Self::Enter(Some(id)) => write!(f, "enter by {id}"),
+            Self::Enter(None) => write!(f, "enter by all"),
         }
     }
 }
@@ -135,12 +139,15 @@ pub struct ScenarioArgs {
     /// Have a member, or all, read its configuration again (SIGHUP).
     #[arg(long, value_name = "[ID@]TIME")]
     pub reload: Vec<When>,
+    /// Have the router send all packets by one member, or by all again.
+    #[arg(long, value_name = "[ID@]TIME")]
+    pub enter: Vec<When>,
 }
 
 impl ScenarioArgs {
     /// The events, in order of time.
     pub fn events(&self) -> Result<Vec<Event>> {
-        let lists: [(&str, &[When]); 10] = [
+        let lists: [(&str, &[When]); 11] = [
             ("kill", &self.kill),
             ("crash", &self.crash),
             ("pause", &self.pause),
@@ -151,6 +158,7 @@ impl ScenarioArgs {
             ("drain-backend", &self.drain_backend),
             ("crash-backend", &self.crash_backend),
             ("reload", &self.reload),
+            ("enter", &self.enter),
         ];
         let mut events = Vec::new();
         for (name, whens) in lists {
@@ -181,9 +189,10 @@ fn event(name: &str, when: When) -> Result<Event> {
         "drain-backend" => Action::DrainBackend(target?),
         "crash-backend" => Action::CrashBackend(target?),
         "reload" => Action::Reload(when.target),
+        "enter" => Action::Enter(when.target),
         _ => bail!(
             "there is no event {name:?}: kill, crash, pause, join, leave, restart, add-backend, drain-backend, \
-             crash-backend and reload are"
+             crash-backend, reload and enter are"
         ),
     };
     Ok(Event { at: when.at, action })

@@ -245,6 +245,10 @@ pub struct LabArgs {
     scenario: Option<PathBuf>,
     #[command(flatten)]
     events: ScenarioArgs,
+    /// Do nothing to the site. Without this, without an event and without --duration, a backend is added after 2 s,
+    /// backend 1 drained after 5 s, and member 2 killed after 9 s.
+    #[arg(long)]
+    no_events: bool,
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
@@ -276,7 +280,12 @@ impl LabArgs {
     pub fn options(&self) -> Result<LabOptions> {
         let events = match &self.scenario {
             Some(file) => scenario::read(file)?,
-            None => self.events.events()?,
+            None => match self.events.events()? {
+                none if none.is_empty() && self.duration.is_none() && !self.no_events && !self.direct => {
+                    scenario::story(self.members, self.backends)
+                }
+                events => events,
+            },
         };
         let fragment = self.filter_icmp && self.server_mss.is_none();
         Ok(LabOptions {
@@ -371,12 +380,28 @@ mod tests {
 
     #[test]
     fn the_defaults_of_the_command_line_are_those_of_the_library() {
-        let (line, library) = (options(&[]).unwrap(), LabOptions::default());
+        let (line, library) = (options(&["--no-events"]).unwrap(), LabOptions::default());
         assert_eq!(
             format!("{:?}", LabOptions { progress: false, ..line }),
             format!("{library:?}"),
             "but for progress"
         );
+    }
+
+    #[test]
+    fn told_nothing_the_lab_changes_the_backends_and_then_kills_a_member() {
+        let actions = |words: &[&str]| {
+            let events = options(words).unwrap().events;
+            events.iter().map(|event| event.action).collect::<Vec<_>>()
+        };
+        let story = [Action::AddBackend(None), Action::DrainBackend(1), Action::Kill(2)];
+        assert_eq!(actions(&[]), story);
+        assert_eq!(actions(&["--no-replication"]), story, "the twin goes through the same");
+        assert_eq!(actions(&["--members", "1"]), story[..2], "the only member is not killed");
+        for quiet in [&["--no-events"][..], &["--duration", "5s"], &["--direct"]] {
+            assert!(actions(quiet).is_empty(), "{quiet:?}");
+        }
+        assert_eq!(actions(&["--kill", "1@1s"]), [Action::Kill(1)]);
     }
 
     #[test]

@@ -69,6 +69,22 @@ impl fmt::Display for Action {
     }
 }
 
+/// What the lab does when it is told nothing: first the backends change, so that many connections sit where the consistent table
+/// would not put them; then a member dies. A load balancer without state breaks those connections.
+pub fn story(members: u32, backends: u32) -> Vec<Event> {
+    /// A site that would have none left loses none.
+    const LEAST: u32 = 2;
+    let at = |seconds, action| Event { at: Duration::from_secs(seconds), action };
+    let mut events = vec![at(2, Action::AddBackend(None))];
+    if backends >= LEAST {
+        events.push(at(5, Action::DrainBackend(1)));
+    }
+    if members >= LEAST {
+        events.push(at(9, Action::Kill(2)));
+    }
+    events
+}
+
 /// Where and when, as on the command line: `2@5s`, `5s` where no target is needed, `2@5s+3s` with a length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct When {

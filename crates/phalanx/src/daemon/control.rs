@@ -516,7 +516,7 @@ impl Control {
     }
 
     /// What new flows of a service go to, by configuration and health; and whether that is all of them for want of a healthy one.
-    fn usable(&self, service: &crate::config::ServiceConfig) -> (Vec<RankedBackend>, bool) {
+    fn usable(&self, service: &ServiceConfig) -> (Vec<RankedBackend>, bool) {
         let ids: Vec<BackendId> =
             service.backends.iter().map(|backend| service.backend_id(backend)).collect();
         let candidates: Vec<Candidate> = service

@@ -77,7 +77,7 @@ async fn a_lost_connection_is_said_and_dialled_again_as_a_new_link() {
 
 #[tokio::test]
 async fn a_certificate_that_nobody_gossips_gets_no_stream() {
-    let (mut a, mut b) = (side(1), side(2));
+    let (a, mut b) = (side(1), side(2));
     // b expects another certificate of a: it never takes a's stream for a's.
     let stranger = Peer { fingerprint: [7; 32], ..a.peer.clone() };
     a.peers.set_peers(std::slice::from_ref(&b.peer));

@@ -17,7 +17,7 @@ use phalanx_flow::member::Liveness;
 use phalanx_flow::slots::RankedBackend;
 use phalanx_flow::{BackendId, FlowEvent, FlowEventKind, FlowKey, FlowState, MemberId, Record};
 use phalanx_forwarder::{Forwarder, RowSet, Upserted};
-use phalanx_membership::{Event as MemberEvent, MemberState, Metadata, View};
+use phalanx_membership::{Event as MemberEvent, MemberState, Metadata, View, Warning};
 use phalanx_rebalancer::{
     Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, Policy, Ranking, Replicator,
     ViewInput, changed_rows, former_entries, plan, plan_cache_offers, plan_refill,
@@ -46,6 +46,9 @@ const METADATA_EVERY: Duration = Duration::from_secs(1);
 /// that for packets that were on their way.
 const LEAVE_AT_MOST: Duration = Duration::from_secs(10);
 const LEAVE_GRACE: Duration = Duration::from_millis(500);
+
+/// A warning that was said once is shown for this long.
+const WARNING_KEPT: Duration = Duration::from_secs(60);
 
 /// What clients send at the most: Ethernet's MTU.
 const CLIENT_MTU: u16 = 1500;
@@ -313,9 +316,11 @@ impl Control {
             MemberEvent::Refused { by, reason } => return Some(End::Refused(reason.sentence(by))),
             MemberEvent::Left => return Some(End::Left),
             MemberEvent::Warning(warning) => {
-                let sentence = warning.to_string();
-                tracing::warn!("{sentence}");
-                self.state.warnings.insert(sentence, Instant::now());
+                tracing::warn!("{warning}");
+                // The others stand in the view for as long as they hold: see `standing_warnings`.
+                if matches!(warning, Warning::SharedDiffers { .. } | Warning::SlowPath { .. }) {
+                    self.state.warnings.insert(warning.to_string(), Instant::now());
+                }
             }
             MemberEvent::MemberUp(id) => tracing::info!(member = %id, "a member came"),
             MemberEvent::MemberDown { id, reason } => tracing::info!(member = %id, ?reason, "a member went"),
@@ -829,8 +834,23 @@ impl Control {
         }
     }
 
+    /// What the view shows that the operator should mend, for as long as it does.
+    fn standing_warnings(&self) -> impl Iterator<Item = String> + '_ {
+        let view = &self.state.view;
+        let others = view.members.iter().filter(|member| member.id != self.config.member.id && member.known);
+        let of_members = others.flat_map(|member| {
+            let differs = member.metadata.backends != self.metadata.backends;
+            [
+                differs.then(|| Warning::BackendsDiffer(member.id).to_string()),
+                member.echo_failing.then(|| Warning::EchoFails(member.id).to_string()),
+            ]
+        });
+        let of_us = view.distrusts_itself.then(|| Warning::DistrustsItself.to_string());
+        of_members.chain([of_us]).flatten()
+    }
+
     fn publish_status(&mut self, now: Instant) {
-        self.state.warnings.retain(|_, at| now.duration_since(*at) < Duration::from_secs(60));
+        self.state.warnings.retain(|_, at| now.duration_since(*at) < WARNING_KEPT);
         let forwarder = self.forwarder.counters();
         self.state.counters.forwarder_events_lost = forwarder.events_lost;
         let fail_open = self
@@ -841,7 +861,7 @@ impl Control {
             .collect();
         let status = Status {
             view: Arc::clone(&self.state.view),
-            warnings: self.state.warnings.keys().cloned().collect(),
+            warnings: self.standing_warnings().chain(self.state.warnings.keys().cloned()).collect(),
             services: self.config.services.clone(),
             health: self.health.clone(),
             fail_open,

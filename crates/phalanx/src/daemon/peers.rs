@@ -155,9 +155,13 @@ impl Peers {
         address: SocketAddr,
         events: mpsc::UnboundedSender<PeerEvent>,
     ) -> anyhow::Result<Self> {
-        let mut endpoint = quinn::Endpoint::server(server_config(identity)?, address).with_context(|| {
-            format!("listen for QUIC on {address} (member.address, cluster.transfer_port)")
-        })?;
+        let listen = || format!("listen for QUIC on {address} (member.address, cluster.transfer_port)");
+        let socket = std::net::UdpSocket::bind(address).with_context(listen)?;
+        let mut settings = quinn::EndpointConfig::default();
+        settings.max_udp_payload_size(PROBED_PAYLOAD)?;
+        let runtime = quinn::default_runtime().context("no runtime")?;
+        let mut endpoint = quinn::Endpoint::new(settings, Some(server_config(identity)?), socket, runtime)
+            .with_context(listen)?;
         endpoint.set_default_client_config(client_config(identity)?);
         let shared = Arc::new(Shared {
             local,

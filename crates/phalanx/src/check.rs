@@ -10,6 +10,7 @@ use rustix::net::{AddressFamily, SocketType, socket};
 
 use crate::cli::refuse;
 use crate::config::{Config, ScoringKind};
+use crate::path_mtu;
 
 /// MTU between members that carries a client's 1,500 bytes and the hand-off's headers (design §4), in bytes.
 const HANDOFF_MTU: u32 = 1600;
@@ -99,6 +100,19 @@ fn machine_warnings(config: &Config) -> Vec<String> {
             && let Some(warning) = mtu_warning(name, link.mtu, config.cluster.handoff_fragment)
         {
             out.push(warning);
+        }
+    }
+    for seed in &config.member.seeds {
+        let (from, to) = (config.member.address, seed.address.ip());
+        if to != from
+            && let Ok(mtu) = path_mtu::probe(from, to, HANDOFF_MTU as u16)
+            && mtu < HANDOFF_MTU
+            && !config.cluster.handoff_fragment
+        {
+            out.push(format!(
+                "member.seeds: the path to {to} takes packets of {mtu} bytes: set the MTU between members to \
+                 {HANDOFF_MTU} or more, or cluster.handoff_fragment = true on every member"
+            ));
         }
     }
     if UdpSocket::bind((config.member.address, 0)).is_err() {

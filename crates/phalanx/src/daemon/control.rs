@@ -596,6 +596,9 @@ impl Control {
                     tracing::info!("leaving the cluster");
                     self.state.leaving_since = Some(Instant::now());
                     self.membership.command(Command::BeginLeave);
+                } else {
+                    tracing::warn!("told to leave again: going without waiting for transfers");
+                    self.state.ready_to_leave_at = Some(Instant::now());
                 }
             }
             Request::Explain(key, reply) => {

@@ -272,8 +272,7 @@ fn ignored(sources: &[Source]) -> Problems {
 fn numbering(sources: &[Source]) -> Problems {
     let mut problems = Problems::new();
     let notes = sources.iter().filter(|source| source.path.parent() == Some(Path::new("docs/design")));
-    let mut expected = 1;
-    for note in notes {
+    for (expected, note) in (1..).zip(notes) {
         let name = note.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let number = name.split_once('-').map(|(number, _)| number).unwrap_or_default();
         if number != format!("{expected:04}") {
@@ -282,7 +281,6 @@ fn numbering(sources: &[Source]) -> Problems {
         if !note.text.starts_with(&format!("# {number}: ")) {
             problems.push(format!("{}: begin with \"# {number}: \" and the title", note.path.display()));
         }
-        expected += 1;
     }
     problems
 }

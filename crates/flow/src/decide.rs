@@ -616,3 +616,6 @@ fn advance(mut entry: FlowEntry, packet: &Packet) -> (FlowEntry, bool) {
         ),
     )
 }
+
+#[cfg(test)]
+mod claims;

@@ -161,6 +161,14 @@ fn a_service_without_backends_is_named() {
 }
 
 #[test]
+fn an_id_may_be_an_ipv4_address() {
+    let config = good(&SMALL.replace("id = 1", "id = \"10.0.1.11\""));
+    assert_eq!(config.member.id, MemberId(u32::from_be_bytes([10, 0, 1, 11])));
+    assert_ne!(config.member.id, good(SMALL).member.id, "an index and an address are different names");
+    mistake("id = 1", "id = \"10.0.1\"");
+}
+
+#[test]
 fn two_equal_ids_are_named() {
     let twice = mistake("id = 1", "id = 1\nseeds = [\"1@10.0.1.12\"]");
     says(&twice, 3, &["member.seeds", "id 1 stands for 10.0.1.11 and for 10.0.1.12", "unique"]);

@@ -146,6 +146,8 @@ pub enum DropReason {
     NoBackend = 1,
     /// A protocol we do not balance, to a service's address.
     Protocol = 2,
+    /// Nobody is known to own the flow's row: this member has just started, and a guess would break what others hold.
+    NoMember = 3,
 }
 
 /// What to do with the flow table.
@@ -314,6 +316,32 @@ impl Roles {
         }
         let holder = if self.row.owner() == self.local.slot { self.row.backup() } else { self.row.owner() };
         if other(holder) { holder } else { MemberSlot::NONE }
+    }
+
+    /// As [`Self::other_holder`], among those that are suspected, while the handover window is open.
+    ///
+    /// A holder that has held its row for long knows all that deviates, so what it does not know it may guess.
+    /// After a change it may not have been told yet: a packet that is lost on its way to somebody who is dead comes again, and a
+    /// connection sent to the wrong backend does not.
+    #[inline(always)]
+    fn doubted_holder<T: Tables>(&self, tables: &T) -> MemberSlot {
+        let Some(previous) = tables.previous_row(self.row_number) else { return MemberSlot::NONE };
+        let doubted = |slot: MemberSlot| {
+            slot != self.local.slot && slot.is_some() && matches!(tables.liveness(slot), Liveness::Suspect)
+        };
+        let [first, second, _] = previous.ranks;
+        let [third, fourth, _] = self.row.ranks;
+        if doubted(first) {
+            first
+        } else if doubted(second) {
+            second
+        } else if doubted(third) {
+            third
+        } else if doubted(fourth) {
+            fourth
+        } else {
+            MemberSlot::NONE
+        }
     }
 
     #[inline(always)]
@@ -495,7 +523,10 @@ fn other<T: Tables>(
         decision.at_once |= service.replicate_syn;
         return;
     }
-    let asked = if hops_left { roles.other_holder(tables) } else { MemberSlot::NONE };
+    let mut asked = if hops_left { roles.other_holder(tables) } else { MemberSlot::NONE };
+    if hops_left && !asked.is_some() && !datagram {
+        asked = roles.doubted_holder(tables);
+    }
     if asked.is_some() {
         decision.verdict = roles.hand_off(tables, asked, arrival);
         decision.outcome = Outcome::Asked;
@@ -552,6 +583,11 @@ fn pick<T: Tables>(
     record: bool,
     outcome: Outcome,
 ) {
+    if !roles.row.owner().is_some() {
+        decision.verdict = Verdict::Drop(DropReason::NoMember);
+        decision.outcome = Outcome::Dropped;
+        return;
+    }
     #[expect(clippy::cast_possible_truncation, reason = "the slot is the low 16 bits of the hash")]
     let choice = tables.consistent(service.index, decision.hash as u16);
     if choice.backend == BackendIndex::NONE {

@@ -34,10 +34,12 @@ pub enum Drop {
     RingFull,
     /// Thrown away unprocessed after the process was stopped.
     Stale,
+    /// Nobody is known to own the flow's row yet: the member has just started.
+    NoMember,
 }
 
 /// Number of [`Drop`] reasons.
-pub const DROPS: usize = 13;
+pub const DROPS: usize = 14;
 
 impl Drop {
     /// All reasons, by number.
@@ -55,6 +57,7 @@ impl Drop {
         Self::Transmit,
         Self::RingFull,
         Self::Stale,
+        Self::NoMember,
     ];
 
     /// The name in metrics and documents.
@@ -73,6 +76,7 @@ impl Drop {
             Self::Transmit => "transmit",
             Self::RingFull => "ring_full",
             Self::Stale => "stale",
+            Self::NoMember => "no_member",
         }
     }
 }
@@ -83,6 +87,7 @@ impl From<DropReason> for Drop {
             DropReason::NoService => Self::NoService,
             DropReason::NoBackend => Self::NoBackend,
             DropReason::Protocol => Self::Protocol,
+            DropReason::NoMember => Self::NoMember,
         }
     }
 }

@@ -3,9 +3,9 @@
 use phalanx::lab::{Action, LabOptions};
 use phalanx_integration::{at, deviating, lossless, run, site};
 
-const CONNECTIONS: u32 = 400;
-/// Far less than a member's two thirds of the connections.
-const MAX_FLOWS: &str = "max_flows = 64";
+const CONNECTIONS: u32 = 2200;
+/// The least that is allowed, and less than a member's two thirds of the connections.
+const MAX_FLOWS: &str = "max_flows = 1024";
 
 #[test]
 fn a_full_flow_table_falls_back_on_the_consistent_choice_and_is_counted() {

@@ -102,6 +102,8 @@ impl HeldFlow {
 pub enum Request {
     /// Take over this configuration (SIGHUP).
     Reload(Box<Config>),
+    /// The configuration has mistakes (which have been said): nothing changes.
+    ReloadRefused,
     /// Leave the cluster, then end (SIGTERM).
     Leave,
     /// What the tables say of a flow.
@@ -591,6 +593,7 @@ impl Control {
     fn handle_request(&mut self, request: Request) {
         match request {
             Request::Reload(config) => self.reload(*config),
+            Request::ReloadRefused => self.state.counters.reloads_refused += 1,
             Request::Leave => {
                 if self.state.leaving_since.is_none() {
                     tracing::info!("leaving the cluster");

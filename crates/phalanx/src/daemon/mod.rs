@@ -306,7 +306,7 @@ fn spawn_signals(file: std::path::PathBuf, requests: mpsc::UnboundedSender<Reque
             let request = tokio::select! {
                 _ = hangup.recv() => match read_again(&file) {
                     Some(config) => Request::Reload(Box::new(config)),
-                    None => continue,
+                    None => Request::ReloadRefused,
                 },
                 _ = terminate.recv() => Request::Leave,
                 _ = interrupt.recv() => Request::Leave,

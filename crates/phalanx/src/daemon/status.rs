@@ -36,6 +36,8 @@ pub struct DriverCounters {
     pub echoes_lost: BTreeMap<MemberId, u64>,
     /// Reloads done.
     pub reloads: u64,
+    /// Reloads whose configuration had mistakes.
+    pub reloads_refused: u64,
     /// Transfer tables acknowledged whole.
     pub transfers_done: u64,
     /// Transfer tables whose receiver has gone.
@@ -496,6 +498,7 @@ impl AdminSource for Source {
             push(&metrics::ECHOES_LOST, &[&peer.to_string()], *lost);
         }
         push(&metrics::RELOADS, &["done"], status.counters.reloads);
+        push(&metrics::RELOADS, &["refused"], status.counters.reloads_refused);
         push(&metrics::BUILD_INFO, &[env!("CARGO_PKG_VERSION"), "rawsock"], 1);
         let started = self.started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         push(&metrics::START_TIME, &[], started.as_secs());

@@ -151,6 +151,11 @@ impl Lab {
         &self.world
     }
 
+    /// What it was told. Its events are carried out by [`super::run`] only.
+    pub const fn options(&self) -> &LabOptions {
+        &self.options
+    }
+
     /// What went wrong so far, beside connections.
     pub fn problems(&self) -> &[String] {
         &self.problems

@@ -285,6 +285,13 @@ impl Roles {
             }
     }
 
+    /// Whether we are owner or backup, now or before the change that is under way.
+    #[inline(always)]
+    fn holds<T: Tables>(&self, tables: &T) -> bool {
+        let ours = |row: Row| row.owner() == self.local.slot || row.backup() == self.local.slot;
+        ours(self.row) || tables.previous_row(self.row_number).is_some_and(ours)
+    }
+
     /// The owner, or the backup while the owner is suspected; the owner again if both are.
     #[inline(always)]
     fn acting_owner<T: Tables>(&self, tables: &T) -> MemberSlot {
@@ -486,7 +493,10 @@ fn other<T: Tables>(
     tables: &T,
     service: &Service,
 ) {
-    if let Some(entry) = tables.flow(&decision.key) {
+    // Who holds the row no more is not told when a tuple is used again: what it knows of an ended connection is not to be trusted.
+    if let Some(entry) = tables.flow(&decision.key)
+        && (entry.flow_state().is_live() || roles.holds(tables))
+    {
         let entry = advance(entry, packet);
         seen(decision, entry.0, Outcome::Hit, roles, service);
         if entry.1 {

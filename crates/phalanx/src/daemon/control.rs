@@ -42,6 +42,9 @@ const EVENTS_A_TICK: usize = 16_384;
 const STATUS_EVERY: Duration = Duration::from_millis(250);
 const METADATA_EVERY: Duration = Duration::from_secs(1);
 
+/// Other members' transfers have had this long when a member drops what it holds no more.
+const SWEEP_AFTER: Duration = Duration::from_secs(1);
+
 /// How long a leaving member waits for its transfers and for the others to switch before it goes anyway, and how long it stays after
 /// that for packets that were on their way.
 const LEAVE_AT_MOST: Duration = Duration::from_secs(10);
@@ -174,6 +177,8 @@ struct State {
     view: Arc<View>,
     links: HashMap<MemberId, Link>,
     window_opened: Option<Instant>,
+    /// When entries that neither the current table nor the one before gives us are to be dropped.
+    sweep_at: Option<Instant>,
     transferring: bool,
     leaving_since: Option<Instant>,
     ready_to_leave_at: Option<Instant>,
@@ -266,6 +271,7 @@ impl Control {
                 self.install();
             }
             self.close_window_if_due(now);
+            self.sweep_if_due(now);
             self.leave_if_due(now);
             if status_at <= now {
                 status_at = now + STATUS_EVERY;
@@ -425,6 +431,7 @@ impl Control {
         }
         self.state.transferring = true;
         self.state.window_opened = self.planner.previous().map(|_| now);
+        self.state.sweep_at = Some(now + SWEEP_AFTER);
     }
 
     /// The window closes when every active member has gossiped the new digest, our transfers are done, and one linger has passed.
@@ -438,15 +445,37 @@ impl Control {
         self.planner.close_window();
         self.install();
         self.replicator.handle_view(now, self.view_input(&Arc::clone(&self.state.view)));
-        let current = self.planner.current();
-        let mut held = Vec::new();
-        self.forwarder.visit(&RowSet::All, &mut |record| held.push((record.key, record.birth)));
-        let former: BTreeSet<FlowKey> =
-            former_entries(self.config.member.id, &*current, held.iter().map(|(key, _)| *key)).collect();
-        for (key, birth) in held.iter().filter(|(key, _)| former.contains(key)) {
-            self.forwarder.remove(key, *birth, Duration::ZERO);
+        let dropped = self.drop_former();
+        tracing::info!(dropped, "handover window closed");
+    }
+
+    /// Two changes after it lost a row, a member is told nothing of its flows any more: what it still has of them goes when its transfers
+    /// are done, lest it be used when a client uses a tuple again.
+    fn sweep_if_due(&mut self, now: Instant) {
+        if self.state.sweep_at.is_some_and(|at| at <= now) && !self.state.transferring {
+            self.state.sweep_at = None;
+            let dropped = self.drop_former();
+            tracing::debug!(dropped, "entries of rows lost two changes ago");
         }
-        tracing::info!(dropped = former.len(), "handover window closed");
+    }
+
+    /// Drops the entries that neither the current table nor the one before gives us, and says how many.
+    fn drop_former(&mut self) -> usize {
+        let local = self.config.member.id;
+        let (current, previous) = (self.planner.current(), self.planner.previous());
+        let mut births = HashMap::new();
+        self.forwarder.visit(&RowSet::All, &mut |record| {
+            births.insert(record.key, record.birth);
+        });
+        let former: Vec<FlowKey> = former_entries(local, &*current, births.keys().copied()).collect();
+        let former: Vec<FlowKey> = match &previous {
+            Some(previous) => former_entries(local, &**previous, former).collect(),
+            None => former,
+        };
+        for key in &former {
+            self.forwarder.remove(key, births[key], Duration::ZERO);
+        }
+        former.len()
     }
 
     fn everybody_switched(&self) -> bool {

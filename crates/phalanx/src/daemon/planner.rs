@@ -159,7 +159,12 @@ impl Planner {
             return Ok(None);
         }
         let live: BTreeSet<MemberId> = view.members.iter().map(|member| member.id).collect();
-        let blank = boots.iter().filter(|(id, boot)| self.boots.get(id) != Some(boot)).map(|(id, _)| *id);
+        // A member that came back without its flow table counts as dead in the old table from the moment it is seen, joining or active.
+        let blank = view
+            .members
+            .iter()
+            .filter(|member| self.boots.get(&member.id) != Some(&member.boot))
+            .map(|member| member.id);
         let first = self.boots.is_empty();
         let survivors = Survivors { live, blank: blank.collect() };
         let departed = old_members.iter().any(|old| !ranked.iter().any(|member| member.id == old.id));

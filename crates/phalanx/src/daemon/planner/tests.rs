@@ -114,6 +114,19 @@ fn a_new_boot_changes_no_row_and_loses_the_flows_all_the_same() {
 }
 
 #[test]
+fn a_member_that_joins_again_has_lost_what_it_held_before_it_is_active() {
+    let mut planner = settled();
+    let joining = member(2, 2, MemberState::Joining, Liveness::Alive);
+    let change = planner.set_view(&view(2, vec![active(1), joining, active(3)])).unwrap().unwrap();
+    assert!(change.survivors.live.contains(&MemberId(2)));
+    assert!(
+        !change.survivors.keeps_state(MemberId(2)),
+        "else nobody would send what it owned to the new backups"
+    );
+    assert!(change.survivors.keeps_state(MemberId(3)));
+}
+
+#[test]
 fn a_leaving_member_ranks_no_more_and_stays_reachable() {
     let mut planner = settled();
     let leaving = member(2, 1, MemberState::Leaving, Liveness::Alive);

@@ -146,6 +146,9 @@ pub enum DropReason {
     NoBackend = 1,
     /// A protocol we do not balance, to a service's address.
     Protocol = 2,
+    /// Nobody owns the row: we are in no cluster yet, or no more. There is nobody to ask, and the consistent table alone would be a
+    /// guess that resets a connection which others know. The client sends again.
+    NotJoined = 3,
 }
 
 /// What to do with the flow table.
@@ -499,6 +502,11 @@ fn other<T: Tables>(
     if asked.is_some() {
         decision.verdict = roles.hand_off(tables, asked, arrival);
         decision.outcome = Outcome::Asked;
+        return;
+    }
+    if !roles.row.owner().is_some() {
+        decision.verdict = Verdict::Drop(DropReason::NotJoined);
+        decision.outcome = Outcome::Dropped;
         return;
     }
     let owns = ours && roles.local.leased;

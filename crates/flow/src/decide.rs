@@ -146,8 +146,9 @@ pub enum DropReason {
     NoBackend = 1,
     /// A protocol we do not balance, to a service's address.
     Protocol = 2,
-    /// Nobody is known to own the flow's row: this member has just started, and a guess would break what others hold.
-    NoMember = 3,
+    /// Nobody owns the row: we are in no cluster yet, or no more. There is nobody to ask, and the consistent table alone would be a
+    /// guess that resets a connection which others know. The client sends again.
+    NotJoined = 3,
 }
 
 /// What to do with the flow table.
@@ -594,7 +595,7 @@ fn pick<T: Tables>(
     outcome: Outcome,
 ) {
     if !roles.row.owner().is_some() {
-        decision.verdict = Verdict::Drop(DropReason::NoMember);
+        decision.verdict = Verdict::Drop(DropReason::NotJoined);
         decision.outcome = Outcome::Dropped;
         return;
     }

@@ -34,8 +34,8 @@ pub enum Drop {
     RingFull,
     /// Thrown away unprocessed after the process was stopped.
     Stale,
-    /// Nobody is known to own the flow's row yet: the member has just started.
-    NoMember,
+    /// See [`DropReason::NotJoined`].
+    NotJoined,
 }
 
 /// Number of [`Drop`] reasons.
@@ -57,7 +57,7 @@ impl Drop {
         Self::Transmit,
         Self::RingFull,
         Self::Stale,
-        Self::NoMember,
+        Self::NotJoined,
     ];
 
     /// The name in metrics and documents.
@@ -76,7 +76,7 @@ impl Drop {
             Self::Transmit => "transmit",
             Self::RingFull => "ring_full",
             Self::Stale => "stale",
-            Self::NoMember => "no_member",
+            Self::NotJoined => "not_joined",
         }
     }
 }
@@ -87,7 +87,7 @@ impl From<DropReason> for Drop {
             DropReason::NoService => Self::NoService,
             DropReason::NoBackend => Self::NoBackend,
             DropReason::Protocol => Self::Protocol,
-            DropReason::NoMember => Self::NoMember,
+            DropReason::NotJoined => Self::NotJoined,
         }
     }
 }

@@ -18,11 +18,13 @@ struct World {
     suspect: Option<MemberSlot>,
     flow: Option<FlowEntry>,
     cached: Option<FlowEntry>,
+    /// There is no member in the table.
+    alone: bool,
 }
 
 impl World {
     fn of(local: MemberSlot) -> Self {
-        Self { local, suspect: None, flow: None, cached: None }
+        Self { local, suspect: None, flow: None, cached: None, alone: false }
     }
 
     fn decide(&self, arrival: Arrival, flags: u8) -> Decision {
@@ -43,7 +45,7 @@ impl Tables for World {
         0
     }
     fn row(&self, _: u32) -> Row {
-        Row { ranks: [OWNER, BACKUP, THIRD], flags: 0 }
+        if self.alone { Row::EMPTY } else { Row { ranks: [OWNER, BACKUP, THIRD], flags: 0 } }
     }
     fn previous_row(&self, _: u32) -> Option<Row> {
         None
@@ -173,4 +175,22 @@ fn claim_17_without_a_cache_what_is_not_ours_always_goes_to_the_owner() {
         assert_eq!(handed_to(&decision), Some(OWNER), "{flags:#x}");
         assert_eq!((decision.action, decision.event), (Action::Keep, None));
     }
+}
+
+#[test]
+fn who_is_in_no_cluster_does_not_guess_where_an_open_connection_goes() {
+    let alone = World { alone: true, ..World::of(OWNER) };
+    for hops in 0..=MAX_HOPS {
+        let decision = alone.decide(Arrival { hops, ..Arrival::WIRE }, DATA);
+        assert_eq!(decision.verdict, Verdict::Drop(DropReason::NotJoined), "{hops} hops");
+        assert_eq!((decision.action, decision.event), (Action::Keep, None));
+    }
+    // What it knows it forwards, and for a new connection the consistent table is no guess.
+    let known = World { flow: recorded(), ..alone.clone() };
+    assert_eq!(known.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+    let new = alone.decide(Arrival::WIRE, tcp_flags::SYN);
+    assert_eq!((new.verdict, new.action), (Verdict::Forward(CONSISTENT), Action::Keep));
+    // The twin: the owner with nobody left to ask recovers the flow.
+    let owner = World::of(OWNER).decide(Arrival { hops: MAX_HOPS, ..Arrival::WIRE }, DATA);
+    assert_eq!((owner.verdict, owner.outcome), (Verdict::Forward(CONSISTENT), Outcome::Recovered));
 }

@@ -178,18 +178,18 @@ fn claim_17_without_a_cache_what_is_not_ours_always_goes_to_the_owner() {
 }
 
 #[test]
-fn who_is_in_no_cluster_does_not_guess_where_an_open_connection_goes() {
+fn who_is_in_no_cluster_does_not_guess_where_a_connection_goes() {
     let alone = World { alone: true, ..World::of(OWNER) };
     for hops in 0..=MAX_HOPS {
         let decision = alone.decide(Arrival { hops, ..Arrival::WIRE }, DATA);
         assert_eq!(decision.verdict, Verdict::Drop(DropReason::NotJoined), "{hops} hops");
         assert_eq!((decision.action, decision.event), (Action::Keep, None));
     }
-    // What it knows it forwards, and for a new connection the consistent table is no guess.
+    // What it knows it forwards; a new connection, which nobody could record, waits for the client's next SYN.
     let known = World { flow: recorded(), ..alone.clone() };
     assert_eq!(known.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
     let new = alone.decide(Arrival::WIRE, tcp_flags::SYN);
-    assert_eq!((new.verdict, new.action), (Verdict::Forward(CONSISTENT), Action::Keep));
+    assert_eq!((new.verdict, new.action), (Verdict::Drop(DropReason::NotJoined), Action::Keep));
     // The twin: the owner with nobody left to ask recovers the flow.
     let owner = World::of(OWNER).decide(Arrival { hops: MAX_HOPS, ..Arrival::WIRE }, DATA);
     assert_eq!((owner.verdict, owner.outcome), (Verdict::Forward(CONSISTENT), Outcome::Recovered));

@@ -139,10 +139,10 @@ fn bench(root: &Path, which: Bench, arguments: &[String]) -> Result<()> {
         Bench::Rawsock => {
             let example = "crates/forwarder-rawsock/examples/bench.rs";
             if !root.join(example).exists() {
-                bail!("{example} is not there");
+                bail!("there is no {example}: this benchmark comes with the raw-socket forwarder's own");
             }
-            let build = ["run", "--release", "-p", "phalanx-forwarder-rawsock", "--example", "bench", "--"];
-            execute(cargo(root, &build).args(arguments))
+            let run = ["run", "--release", "-p", "phalanx-forwarder-rawsock", "--example", "bench", "--"];
+            execute(cargo(root, &run).args(arguments))
         }
     }
 }

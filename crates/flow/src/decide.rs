@@ -146,6 +146,9 @@ pub enum DropReason {
     NoBackend = 1,
     /// A protocol we do not balance, to a service's address.
     Protocol = 2,
+    /// Nobody owns the row: we are in no cluster yet, or no more. There is nobody to ask, and the consistent table alone would be a
+    /// guess that resets a connection which others know. The client sends again.
+    NotJoined = 3,
 }
 
 /// What to do with the flow table.
@@ -283,6 +286,13 @@ impl Roles {
             }
     }
 
+    /// Whether we are owner or backup, now or before the change that is under way.
+    #[inline(always)]
+    fn holds<T: Tables>(&self, tables: &T) -> bool {
+        let ours = |row: Row| row.owner() == self.local.slot || row.backup() == self.local.slot;
+        ours(self.row) || tables.previous_row(self.row_number).is_some_and(ours)
+    }
+
     /// The owner, or the backup while the owner is suspected; the owner again if both are.
     #[inline(always)]
     fn acting_owner<T: Tables>(&self, tables: &T) -> MemberSlot {
@@ -314,6 +324,32 @@ impl Roles {
         }
         let holder = if self.row.owner() == self.local.slot { self.row.backup() } else { self.row.owner() };
         if other(holder) { holder } else { MemberSlot::NONE }
+    }
+
+    /// As [`Self::other_holder`], among those that are suspected, while the handover window is open.
+    ///
+    /// A holder that has held its row for long knows all that deviates, so what it does not know it may guess.
+    /// After a change it may not have been told yet: a packet that is lost on its way to somebody who is dead comes again, and a
+    /// connection sent to the wrong backend does not.
+    #[inline(always)]
+    fn doubted_holder<T: Tables>(&self, tables: &T) -> MemberSlot {
+        let Some(previous) = tables.previous_row(self.row_number) else { return MemberSlot::NONE };
+        let doubted = |slot: MemberSlot| {
+            slot != self.local.slot && slot.is_some() && matches!(tables.liveness(slot), Liveness::Suspect)
+        };
+        let [first, second, _] = previous.ranks;
+        let [third, fourth, _] = self.row.ranks;
+        if doubted(first) {
+            first
+        } else if doubted(second) {
+            second
+        } else if doubted(third) {
+            third
+        } else if doubted(fourth) {
+            fourth
+        } else {
+            MemberSlot::NONE
+        }
     }
 
     #[inline(always)]
@@ -458,7 +494,10 @@ fn other<T: Tables>(
     tables: &T,
     service: &Service,
 ) {
-    if let Some(entry) = tables.flow(&decision.key) {
+    // Who holds the row no more is not told when a tuple is used again: what it knows of an ended connection is not to be trusted.
+    if let Some(entry) = tables.flow(&decision.key)
+        && (entry.flow_state().is_live() || roles.holds(tables))
+    {
         let entry = advance(entry, packet);
         seen(decision, entry.0, Outcome::Hit, roles, service);
         if entry.1 {
@@ -495,7 +534,10 @@ fn other<T: Tables>(
         decision.at_once |= service.replicate_syn;
         return;
     }
-    let asked = if hops_left { roles.other_holder(tables) } else { MemberSlot::NONE };
+    let mut asked = if hops_left { roles.other_holder(tables) } else { MemberSlot::NONE };
+    if hops_left && !asked.is_some() && !datagram {
+        asked = roles.doubted_holder(tables);
+    }
     if asked.is_some() {
         decision.verdict = roles.hand_off(tables, asked, arrival);
         decision.outcome = Outcome::Asked;
@@ -552,6 +594,11 @@ fn pick<T: Tables>(
     record: bool,
     outcome: Outcome,
 ) {
+    if !roles.row.owner().is_some() {
+        decision.verdict = Verdict::Drop(DropReason::NotJoined);
+        decision.outcome = Outcome::Dropped;
+        return;
+    }
     #[expect(clippy::cast_possible_truncation, reason = "the slot is the low 16 bits of the hash")]
     let choice = tables.consistent(service.index, decision.hash as u16);
     if choice.backend == BackendIndex::NONE {
@@ -616,3 +663,6 @@ fn advance(mut entry: FlowEntry, packet: &Packet) -> (FlowEntry, bool) {
         ),
     )
 }
+
+#[cfg(test)]
+mod claims;

@@ -34,10 +34,12 @@ pub enum Drop {
     RingFull,
     /// Thrown away unprocessed after the process was stopped.
     Stale,
+    /// See [`DropReason::NotJoined`].
+    NotJoined,
 }
 
 /// Number of [`Drop`] reasons.
-pub const DROPS: usize = 13;
+pub const DROPS: usize = 14;
 
 impl Drop {
     /// All reasons, by number.
@@ -55,6 +57,7 @@ impl Drop {
         Self::Transmit,
         Self::RingFull,
         Self::Stale,
+        Self::NotJoined,
     ];
 
     /// The name in metrics and documents.
@@ -73,6 +76,7 @@ impl Drop {
             Self::Transmit => "transmit",
             Self::RingFull => "ring_full",
             Self::Stale => "stale",
+            Self::NotJoined => "not_joined",
         }
     }
 }
@@ -83,6 +87,7 @@ impl From<DropReason> for Drop {
             DropReason::NoService => Self::NoService,
             DropReason::NoBackend => Self::NoBackend,
             DropReason::Protocol => Self::Protocol,
+            DropReason::NotJoined => Self::NotJoined,
         }
     }
 }

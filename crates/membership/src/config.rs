@@ -292,16 +292,16 @@ pub enum SharedField {
 }
 
 impl SharedField {
-    /// The field's name in the configuration file.
+    /// What to call it: the field's name in the configuration file, or what of the file it stands for.
     pub fn name(self) -> &'static str {
         match self {
-            Self::HashSeed => "hash_seed",
-            Self::Scoring => "scoring",
-            Self::Rows => "rows",
-            Self::Services => "services",
-            Self::Timing => "profile",
-            Self::BackupSite => "backup_site",
-            Self::HandoffPort => "handoff_port",
+            Self::HashSeed => "cluster.hash_seed",
+            Self::Scoring => "cluster.scoring",
+            Self::Rows => "the number of rows (it follows from cluster.scoring)",
+            Self::Services => "the list of service addresses, ports and protocols ([[service]])",
+            Self::Timing => "cluster.profile",
+            Self::BackupSite => "cluster.backup_site",
+            Self::HandoffPort => "cluster.handoff_port",
         }
     }
 }

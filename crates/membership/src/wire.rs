@@ -86,7 +86,7 @@ impl Refusal {
                 field.name()
             ),
             Self::IdInUse(address) => format!(
-                "id is already in use by a live member at {address}, says member {by}: give this member an id of its own"
+                "member.id is already in use by a live member at {address}, says member {by}: give this member an id of its own"
             ),
         }
     }

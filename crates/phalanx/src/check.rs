@@ -4,11 +4,16 @@ use std::net::UdpSocket;
 use std::path::Path;
 use std::process::ExitCode;
 
+use phalanx_netlink::Netlink;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, socket};
 
 use crate::cli::refuse;
 use crate::config::{Config, ScoringKind};
+use crate::path_mtu;
+
+/// MTU between members that carries a client's 1,500 bytes and the hand-off's headers (design §4), in bytes.
+const HANDOFF_MTU: u32 = 1600;
 
 /// Checks a file: status 0 if it can be used, 2 if not.
 pub fn check(file: &Path) -> ExitCode {
@@ -89,6 +94,27 @@ fn machine_warnings(config: &Config) -> Vec<String> {
     if let Err(sentence) = raw_socket_permission() {
         out.push(format!("forwarder.kind: {sentence}"));
     }
+    for name in &config.forwarder.interfaces {
+        let link = Netlink::open().and_then(|mut netlink| netlink.link(name));
+        if let Ok(link) = link
+            && let Some(warning) = mtu_warning(name, link.mtu, config.cluster.handoff_fragment)
+        {
+            out.push(warning);
+        }
+    }
+    for seed in &config.member.seeds {
+        let (from, to) = (config.member.address, seed.address.ip());
+        if to != from
+            && let Ok(mtu) = path_mtu::probe(from, to, HANDOFF_MTU as u16)
+            && mtu < HANDOFF_MTU
+            && !config.cluster.handoff_fragment
+        {
+            out.push(format!(
+                "member.seeds: the path to {to} takes packets of {mtu} bytes: set the MTU between members to \
+                 {HANDOFF_MTU} or more, or cluster.handoff_fragment = true on every member"
+            ));
+        }
+    }
     if UdpSocket::bind((config.member.address, 0)).is_err() {
         out.push(format!(
             "member.address: {} is not an address of this machine: add it to an interface or correct the field",
@@ -96,6 +122,21 @@ fn machine_warnings(config: &Config) -> Vec<String> {
         ));
     }
     out
+}
+
+/// What a small MTU between members costs; none if `mtu`, in bytes, is enough.
+fn mtu_warning(name: &str, mtu: u32, fragments: bool) -> Option<String> {
+    let cost = if fragments {
+        "hand-offs of full-size packets are fragmented"
+    } else {
+        "clients are told a smaller MTU when a full-size packet is handed off"
+    };
+    (mtu < HANDOFF_MTU).then(|| {
+        format!(
+            "forwarder.interfaces: the MTU of {name} is {mtu}, so {cost}: set it to {HANDOFF_MTU} or more on all \
+             members and between them"
+        )
+    })
 }
 
 /// Whether this process may open raw sockets; if not, one sentence that says what to do.
@@ -107,5 +148,56 @@ pub(crate) fn raw_socket_permission() -> Result<(), String> {
              process CAP_NET_RAW and CAP_NET_ADMIN"
             .to_owned()),
         Err(error) => Err(format!("raw sockets cannot be opened ({error}): is AF_PACKET in the kernel?")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::tests::Machine;
+
+    const EXAMPLE: &str = include_str!("../../../docs/operating/phalanx.toml");
+
+    fn warnings_with(from: &str, to: &str) -> Vec<String> {
+        assert!(EXAMPLE.contains(from), "{from} is not in the example");
+        let text = EXAMPLE.replacen(from, to, 1);
+        let config = Config::parse("cluster.toml".as_ref(), &text, &Machine);
+        warnings(&config.unwrap_or_else(|errors| panic!("{errors:?}")))
+    }
+
+    #[test]
+    fn the_example_gives_no_warning() {
+        assert_eq!(warnings_with("[member]", "[member]"), [""; 0]);
+    }
+
+    #[test]
+    fn what_is_unwise_is_said_in_one_sentence_that_names_the_field() {
+        for (from, to, words) in [
+            ("replication = true", "replication = false", "cluster.replication"),
+            ("\"rendezvous\"", "\"crc8-lowest\"", "cluster.scoring"),
+            (
+                "seeds = [\"10.0.1.11\", \"10.0.1.12:7946\", \"3@10.0.1.13\"]",
+                "seeds = [\"10.0.1.11\"]",
+                "member.seeds",
+            ),
+            ("timeout = \"1s\"", "timeout = \"2s\"", "health.timeout"),
+            ("linger = \"60s\"", "linger = \"20m\"", "linger"),
+            (
+                "address = \"10.0.2.31\"",
+                "address = \"10.0.2.31\"\ndrain = true",
+                "service dns: every backend is drained",
+            ),
+        ] {
+            let found = warnings_with(from, to);
+            assert_eq!(found.len(), 1, "{from}: {found:?}");
+            assert!(found[0].contains(words) && !found[0].ends_with('.'), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn an_mtu_below_1600_is_a_warning_and_1600_is_none() {
+        assert!(mtu_warning("eth0", 1500, false).is_some_and(|text| text.contains("smaller MTU")));
+        assert!(mtu_warning("eth0", 1599, true).is_some_and(|text| text.contains("fragmented")));
+        assert_eq!(mtu_warning("eth0", 1600, false), None);
     }
 }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Config, ConfigError};
-use crate::{check, decap, keys, lab, logging, query};
+use crate::{check, daemon, decap, keys, lab, logging, query};
 
 /// Exit status for a configuration or a machine that must be put right first.
 pub const EXIT_USAGE: u8 = 2;
@@ -115,7 +115,17 @@ fn run(file: &Path) -> ExitCode {
         return ExitCode::from(EXIT_USAGE);
     }
     logging::start(&config.log);
-    fail("this build has no daemon yet")
+    match daemon::run(config) {
+        Ok(daemon::Ended::Left) => ExitCode::SUCCESS,
+        Ok(daemon::Ended::Refused(sentence)) => {
+            tracing::error!("{sentence}");
+            ExitCode::from(EXIT_USAGE)
+        }
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::from(EXIT_USAGE)
+        }
+    }
 }
 
 fn keygen(file: &Path) -> ExitCode {

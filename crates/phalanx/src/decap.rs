@@ -1,7 +1,7 @@
 //! A small decapsulator for backends and test hosts whose kernel lacks `ipip` or `fou`.
 //!
 //! Takes IP in IP (RFC 2003, RFC 2473, RFC 4213) and IP in UDP (GUE version 1: draft-ietf-intarea-gue-09 §3.2, no header of its own)
-//! and hands the inner packets to the kernel by a TUN device.
+//! and hands the inner packets to the kernel by a TUN device, or, where TUN may not be used (a user namespace), by one end of a veth pair.
 //! The host needs the service's address on loopback, and `rp_filter` off: replies leave by another way than requests come.
 //!
 //! What it does not do: copy the ECN field of the outer header (RFC 6040), reassemble what the kernel does not reassemble.
@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
 use anyhow::{Context as _, Result};
-use phalanx_netlink::Netlink;
+use phalanx_netlink::{Netlink, Veth};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// IP protocol numbers: IPv4 and IPv6 as payload.
@@ -29,12 +29,27 @@ const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
 /// How `phalanx decap` is called.
 #[derive(Clone, Debug, clap::Args)]
 pub struct DecapArgs {
-    /// Name of the TUN device to make; it goes when this process ends.
+    /// Name of the device to make, by which the inner packets come in; at most 14 bytes.
     #[arg(long, value_name = "NAME", default_value = "phx-decap")]
-    pub tun: String,
+    pub device: String,
+    /// What device to make: tun goes when this process ends; veth does not, and needs no /dev/net/tun.
+    #[arg(long, value_enum, default_value_t)]
+    pub kind: DeviceKind,
     /// UDP port for packets sent with method "gue".
     #[arg(long, value_name = "PORT", default_value_t = 6080)]
     pub gue_port: u16,
+}
+
+/// How inner packets come to the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceKind {
+    /// A TUN device, or else a veth pair.
+    #[default]
+    Auto,
+    /// A TUN device.
+    Tun,
+    /// A veth pair.
+    Veth,
 }
 
 /// Decapsulates until the process is ended.
@@ -65,11 +80,8 @@ pub fn run(args: &DecapArgs) -> Result<()> {
             .with_context(|| format!("cannot take UDP port {}: is a kernel fou on it?", args.gue_port))?;
         sources.push(Source::new(socket, Header::None)?);
     }
-    let mut tun = open_tun(&args.tun)?;
-    let mut netlink = Netlink::open()?;
-    let link = netlink.link(&args.tun)?;
-    netlink.set_up(link.index)?;
-    pump(&mut sources, &mut tun)
+    let mut sink = Sink::open(args)?;
+    pump(&mut sources, &mut sink)
 }
 
 /// What stands before the inner packet in what a socket gives.
@@ -95,7 +107,7 @@ impl Source {
     }
 }
 
-fn pump(sources: &mut [Source], tun: &mut File) -> Result<()> {
+fn pump(sources: &mut [Source], sink: &mut Sink) -> Result<()> {
     let mut polls: Vec<libc::pollfd> = sources
         .iter()
         .map(|source| libc::pollfd { fd: source.socket.as_raw_fd(), events: libc::POLLIN, revents: 0 })
@@ -116,7 +128,7 @@ fn pump(sources: &mut [Source], tun: &mut File) -> Result<()> {
                 };
                 if let Some(inner) = inner(source.header, &packet[..length]) {
                     // A packet the kernel refuses (its own checks, a device going down) is a packet lost, as on any link.
-                    let _ = tun.write(inner);
+                    let _ = sink.deliver(inner);
                 }
             }
         }
@@ -153,6 +165,88 @@ fn inner(header: Header, packet: &[u8]) -> Option<&[u8]> {
     };
     (inner.len() >= minimum).then_some(inner)
 }
+
+/// Where inner packets go.
+enum Sink {
+    Tun(File),
+    /// Sends to one end of a veth pair what shall come in by the other.
+    Veth {
+        socket: Socket,
+        address: libc::sockaddr_ll,
+    },
+}
+
+impl Sink {
+    fn open(args: &DecapArgs) -> Result<Self> {
+        let mut netlink = Netlink::open()?;
+        let sink = match args.kind {
+            DeviceKind::Tun => Self::Tun(open_tun(&args.device)?),
+            DeviceKind::Veth => Self::open_veth(&mut netlink, &args.device)?,
+            DeviceKind::Auto => match open_tun(&args.device) {
+                Ok(tun) => Self::Tun(tun),
+                Err(reason) => Self::open_veth(&mut netlink, &args.device)
+                    .with_context(|| format!("neither TUN ({reason:#}) nor veth can be used"))?,
+            },
+        };
+        let link = netlink.link(&args.device)?;
+        netlink.set_up(link.index)?;
+        Ok(sink)
+    }
+
+    fn open_veth(netlink: &mut Netlink, name: &str) -> Result<Self> {
+        let feeder = format!("{name}0");
+        // One left behind by an earlier start is as good as a new one.
+        match netlink.create_veth(&Veth {
+            name,
+            peer: &feeder,
+            peer_netns: None,
+            mtu: Some(VETH_MTU),
+            mac: None,
+            peer_mac: None,
+        }) {
+            Err(error) if !error.is_exists() => return Err(error.into()),
+            Ok(()) | Err(_) => {}
+        }
+        let mac = netlink.link(name)?.mac.context("the veth has no hardware address")?;
+        let feeder = netlink.link(&feeder)?;
+        netlink.set_up(feeder.index)?;
+        // Protocol 0: it only sends, and receives nothing.
+        let socket = Socket::new(Domain::PACKET, Type::DGRAM, None)?;
+        // SAFETY: sockaddr_ll is plain old data, for which zero is a value.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_ifindex = feeder.index.cast_signed();
+        address.sll_halen = 6;
+        address.sll_addr[..6].copy_from_slice(&mac.0);
+        Ok(Self::Veth { socket, address })
+    }
+
+    fn deliver(&mut self, inner: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Tun(tun) => tun.write(inner).map(drop),
+            Self::Veth { socket, address } => {
+                let version = inner.first().map_or(0, |first| first >> 4);
+                let protocol = if version == 6 { libc::ETH_P_IPV6 } else { libc::ETH_P_IP };
+                address.sll_protocol = (protocol as u16).to_be();
+                // SAFETY: packet and address are live, and their lengths are those given.
+                let sent = unsafe {
+                    libc::sendto(
+                        socket.as_raw_fd(),
+                        inner.as_ptr().cast(),
+                        inner.len(),
+                        libc::MSG_DONTWAIT,
+                        std::ptr::from_ref(address).cast(),
+                        size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+                    )
+                };
+                if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+            }
+        }
+    }
+}
+
+/// The largest MTU of a veth, in bytes: whatever came through the tunnel must pass.
+const VETH_MTU: u32 = 65_535;
 
 /// `TUNSETIFF` and its flags, include/uapi/linux/if_tun.h.
 const TUNSETIFF: u64 = 0x4004_54ca;

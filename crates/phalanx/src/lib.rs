@@ -10,4 +10,5 @@ pub mod http;
 pub mod keys;
 pub mod lab;
 pub mod logging;
+pub mod path_mtu;
 mod query;

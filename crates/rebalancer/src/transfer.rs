@@ -8,14 +8,14 @@
 //!
 //! | case | old holders | new holders | M sends to | M locally |
 //! |------|-------------|-------------|------------|-----------|
-//! | [652] | M, x | N, M | N, as owner | [`LocalAction::Demote`] |
-//! | [654] | M, x | M, N | N, as backup | [`LocalAction::Keep`] |
-//! | [656] | M, x | x, N | N, as backup | [`LocalAction::Former`] |
-//! | [752] | M, F | M, y | y, as backup | [`LocalAction::Keep`] |
-//! | [754] | F, M | M, y | y, as backup | [`LocalAction::Promote`] |
+//! | \[652\] | M, x | N, M | N, as owner | [`LocalAction::Demote`] |
+//! | \[654\] | M, x | M, N | N, as backup | [`LocalAction::Keep`] |
+//! | \[656\] | M, x | x, N | N, as backup | [`LocalAction::Former`] |
+//! | \[752\] | M, F | M, y | y, as backup | [`LocalAction::Keep`] |
+//! | \[754\] | F, M | M, y | y, as backup | [`LocalAction::Promote`] |
 //!
-//! In case [652] the document does not say what x does: it loses the row and keeps its entry as former holder.
-//! Deviation from [656]: the entry is not deleted at once but kept until the handover window closes ([`former_entries`]).
+//! In case \[652\] the document does not say what x does: it loses the row and keeps its entry as former holder.
+//! Deviation from \[656\]: the entry is not deleted at once but kept until the handover window closes ([`former_entries`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -220,6 +220,9 @@ fn extension_headers_are_looked_through() {
     assert_eq!(reason(&samples::ipv6(0, &left)), Reason::Ipv6SegmentsLeft);
     let late = [&options(0)[..], &options(TCP), &tcp[40..]].concat();
     assert_eq!(reason(&samples::ipv6(60, &late)), Reason::Ipv6ExtensionOrder);
+    let twice = [&[44, 0, 0, 0, 0, 0, 0, 9], &[TCP, 0, 0, 0, 0, 0, 0, 9][..], &tcp[40..]].concat();
+    assert_eq!(reason(&samples::ipv6(44, &twice)), Reason::Ipv6ExtensionOrder);
+    assert_eq!(ip(&samples::ipv6(44, &twice[8..])).kind, PacketKind::TcpSyn);
     let mut long = rest.clone();
     long[1] = 200;
     assert_eq!(reason(&samples::ipv6(0, &long)), Reason::Ipv6ExtensionTruncated);

@@ -137,6 +137,16 @@ fn claim_10_the_score_is_the_crc_over_id_and_connection() {
     assert_eq!(HIGHEST.score(row, id, 1).unwrap().value(), u64::from(expected));
 }
 
+/// Were the tie left to the ids, two members of one weight would rank by hash and each by id with the third: a circle.
+#[test]
+fn equal_costs_of_unequal_weights_fall_back_on_the_hash() {
+    let (a, b, c) =
+        (score(RENDEZVOUS, 1 << 63, 1), score(RENDEZVOUS, (1 << 63) + 1, 1), score(RENDEZVOUS, 1 << 62, 2));
+    assert_eq!(neg_log2(a.value), neg_log2(b.value));
+    assert_eq!(2 * neg_log2(a.value), neg_log2(c.value));
+    assert!(b > a && a > c && b > c);
+}
+
 #[test]
 fn weight_0_has_no_score() {
     for scoring in [RENDEZVOUS, HIGHEST, LOWEST] {

@@ -57,6 +57,8 @@ pub(super) struct Section<'a, 'i> {
     source: &'a Source<'a>,
     name: String,
     line: usize,
+    /// One of several: `[[name]]`.
+    repeats: bool,
     table: Option<&'a DeTable<'i>>,
     asked: BTreeSet<&'static str>,
 }
@@ -70,7 +72,14 @@ pub(super) struct At<T> {
 
 impl<'a, 'i> Section<'a, 'i> {
     pub(super) fn root(source: &'a Source<'a>, table: &'a DeTable<'i>) -> Self {
-        Self { source, name: String::new(), line: 1, table: Some(table), asked: BTreeSet::new() }
+        Self {
+            source,
+            name: String::new(),
+            line: 1,
+            repeats: false,
+            table: Some(table),
+            asked: BTreeSet::new(),
+        }
     }
 
     /// Whether the section is not there.
@@ -105,8 +114,11 @@ impl<'a, 'i> Section<'a, 'i> {
             // The section itself is missing, and that was said once.
             return;
         }
-        let section =
-            if self.name.is_empty() { "the file".to_owned() } else { format!("section [{}]", self.name) };
+        let section = match (self.name.as_str(), self.repeats) {
+            ("", _) => "the file".to_owned(),
+            (name, false) => format!("section [{name}]"),
+            (name, true) => format!("this [[{name}]]"),
+        };
         self.fail(
             self.line,
             key,
@@ -218,7 +230,14 @@ impl<'a, 'i> Section<'a, 'i> {
     }
 
     fn child(&self, key: &str, line: usize, table: Option<&'a DeTable<'i>>) -> Self {
-        Self { source: self.source, name: self.field(key), line, table, asked: BTreeSet::new() }
+        Self {
+            source: self.source,
+            name: self.field(key),
+            line,
+            repeats: false,
+            table,
+            asked: BTreeSet::new(),
+        }
     }
 
     /// A section, if it is there.
@@ -250,7 +269,7 @@ impl<'a, 'i> Section<'a, 'i> {
         for item in array.iter() {
             let line = self.source.line(start(item));
             match item.get_ref().as_table() {
-                Some(table) => out.push(self.child(key, line, Some(table))),
+                Some(table) => out.push(Self { repeats: true, ..self.child(key, line, Some(table)) }),
                 None => self.fail(
                     line,
                     key,
@@ -276,13 +295,13 @@ impl<'a, 'i> Section<'a, 'i> {
                 .filter(|(likeness, _)| *likeness > 0.8)
                 .max_by(|a, b| a.0.total_cmp(&b.0));
             let advice = match near {
-                Some((_, known)) => format!("did you mean {known}?"),
+                Some((_, known)) => format!("write {known} if that is meant, or remove it"),
                 None => {
                     let known: Vec<&str> = self.asked.iter().copied().collect();
                     format!("remove it, or use one of {}", known.join(", "))
                 }
             };
-            let message = format!("unknown field; {}", advice.trim_end_matches('?'));
+            let message = format!("unknown field; {advice}");
             self.fail(self.source.line(key.span().start), name, ConfigErrorKind::Unknown, message);
         }
     }

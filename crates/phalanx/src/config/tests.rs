@@ -139,10 +139,10 @@ fn an_unknown_field_is_named_with_what_was_meant() {
     says(
         &mistake("id = 1", "id = 1\nwieght = 1"),
         3,
-        &["member.wieght", "unknown field", "did you mean weight"],
+        &["member.wieght", "unknown field", "write weight if that is meant"],
     );
     says(&mistake("port = 80", "port = 80\nzzz = 1"), 14, &["service.zzz", "unknown field", "idle_timeout"]);
-    says(&mistake("[member]", "[membre]\nx = 1\n[member]"), 1, &["membre", "did you mean member"]);
+    says(&mistake("[member]", "[membre]\nx = 1\n[member]"), 1, &["membre", "write member if that is meant"]);
 }
 
 #[test]
@@ -158,6 +158,14 @@ fn a_service_without_backends_is_named() {
     let errors = parse(SMALL.split("[[service]]").next().unwrap()).unwrap_err();
     assert_eq!(errors.len(), 1);
     assert!(errors[0].to_string().contains("add at least one [[service]]"));
+}
+
+#[test]
+fn an_id_may_be_an_ipv4_address() {
+    let config = good(&SMALL.replace("id = 1", "id = \"10.0.1.11\""));
+    assert_eq!(config.member.id, MemberId(u32::from_be_bytes([10, 0, 1, 11])));
+    assert_ne!(config.member.id, good(SMALL).member.id, "an index and an address are different names");
+    mistake("id = 1", "id = \"10.0.1\"");
 }
 
 #[test]
@@ -282,6 +290,7 @@ fn every_mistake_is_said_at_once_in_the_order_of_the_lines() {
         .replace("address = \"10.0.2.21\"", "weight = 70000");
     let errors = parse(&text).unwrap_err();
     let fields: Vec<(usize, &str)> = errors.iter().map(|error| (error.line, error.field.as_str())).collect();
+    assert!(errors[2].message.contains("this [[service]] lacks"), "{}", errors[2]);
     assert_eq!(
         fields,
         [

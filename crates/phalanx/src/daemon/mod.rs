@@ -1,4 +1,333 @@
 //! A member of the cluster: the drivers that connect the sans-io cores to sockets, clocks and the kernel.
+//!
+//! [`run`] starts, from the bottom: the forwarder, the next-hop driver, QUIC, the membership, the health checks, the admin API; and then
+//! runs the control task, which connects them, until the member has left.
 
+pub mod control;
+pub mod membership;
 pub mod next_hops;
 pub mod peers;
+pub mod planner;
+#[cfg(feature = "rawsock")]
+mod rawsock;
+pub mod status;
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context as _;
+use phalanx_flow::BackendId;
+use phalanx_flow::score::{Best, Scoring};
+use phalanx_flow::table::BackupSite;
+use phalanx_forwarder::{Forwarder, Handoff, Plan};
+use phalanx_membership::{Config as MembershipConfig, Digest, KeyRing, Metadata, Timing};
+use phalanx_rebalancer::Replicator;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use self::control::{End, Inboxes, Request, control};
+use self::membership::MembershipDriver;
+use self::next_hops::NextHopDriver;
+use self::peers::{Identity, Peers};
+use self::planner::{Fixed, Planner};
+use self::status::{DriverCounters, Shared, Source, Status};
+use crate::config::{self, CacheMode, Config, Profile, Replicate, ScoringKind};
+use crate::health::{HealthDriver, ProbeSender};
+
+/// How the daemon ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// It left the cluster as it was told.
+    Left,
+    /// It may not join; the sentence says why and what to do. Exit status 2.
+    Refused(String),
+}
+
+/// Starts the forwarder that the configuration names.
+fn start_forwarder(config: &Config, plan: Plan) -> anyhow::Result<Arc<dyn Forwarder>> {
+    match config.forwarder.kind {
+        #[cfg(feature = "rawsock")]
+        config::ForwarderKind::Rawsock => rawsock::start(config, plan),
+        #[cfg(not(feature = "rawsock"))]
+        config::ForwarderKind::Rawsock => {
+            let _ = plan;
+            anyhow::bail!("forwarder.kind = \"rawsock\": this program was built without the feature rawsock")
+        }
+    }
+}
+
+/// Runs a member until it is told to leave (SIGTERM or SIGINT). SIGHUP reloads the configuration from its file.
+pub fn run(config: Config) -> anyhow::Result<Ended> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("phalanx")
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let ended = runtime.block_on(run_in_runtime(config));
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    ended
+}
+
+async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
+    let keys = KeyRing::new(config.cluster.keys.iter().map(|key| key.0).collect())
+        .with_context(|| format!("cluster.key_file {}", config.cluster.key_file.display()))?;
+    let mut planner = Planner::new(fixed(&config, &keys)).context("cluster.scoring")?;
+    planner.set_services(&config.services);
+    // The forwarder carries packets from its first moment on: it must know all backends then.
+    let now = Instant::now();
+    for (index, service) in config.services.iter().enumerate() {
+        planner.set_usable(index, &control::usable_of(service, |_| true).0, now);
+    }
+    // There are no flows yet that the first tables could disturb.
+    planner.settle(now + planner::UNSETTLED);
+    let forwarder = start_forwarder(&config, planner.plan())?;
+    let next_hops = NextHopDriver::start(Arc::clone(&forwarder))?;
+
+    let (peer_events, peers_inbox) = mpsc::unbounded_channel();
+    let identity = Identity::generate()?;
+    let peers = Peers::start(config.member.id, &identity, config.transfer_address(), peer_events)?;
+
+    let metadata = metadata(&config, &identity);
+    let (member_events, membership_inbox) = mpsc::unbounded_channel();
+    let settings = membership_config(&config, keys, metadata.clone());
+    let membership = MembershipDriver::start(settings, Arc::clone(&forwarder), member_events)?;
+
+    let (health_changes, health_inbox) = mpsc::unbounded_channel();
+    let probes = Arc::new(Probes(Arc::clone(&forwarder)));
+    let health = HealthDriver::start(&config, probes, health_changes)?;
+    let (requests, requests_inbox) = mpsc::unbounded_channel();
+
+    let shared =
+        Arc::new(Shared { status: arc_swap::ArcSwap::from_pointee(first_status(&config, &planner)) });
+    let source =
+        Source::new(&config, Arc::clone(&shared), Arc::clone(&forwarder), peers.clone(), requests.clone());
+    serve_admin(config.admin.listen, source).await?;
+    spawn_signals(config.file.clone(), requests)?;
+
+    let replicator = Replicator::new(
+        phalanx_rebalancer::Config {
+            local: config.member.id,
+            transfer_rate: NonZeroU32::new(config.cluster.transfer_rate).unwrap_or(NonZeroU32::MAX),
+        },
+        Instant::now(),
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
+    );
+    let inboxes = Inboxes {
+        membership: membership_inbox,
+        peers: peers_inbox,
+        health: health_inbox,
+        requests: requests_inbox,
+    };
+    tracing::info!(
+        member = %config.member.id,
+        address = %config.member.address,
+        services = config.services.len(),
+        "phalanx {} runs",
+        env!("CARGO_PKG_VERSION")
+    );
+    let mut control = control(
+        config, planner, replicator, forwarder, next_hops, peers, membership, metadata, shared, health,
+    );
+    control.update_backends();
+    match control.run(inboxes).await {
+        End::Left => Ok(Ended::Left),
+        End::Refused(sentence) => Ok(Ended::Refused(sentence)),
+    }
+}
+
+/// Sends the packets of health checks the way flows go.
+struct Probes(Arc<dyn Forwarder>);
+
+impl ProbeSender for Probes {
+    fn send_probe(&self, backend: BackendId, ip_packet: &[u8]) {
+        if let Err(error) = self.0.send_probe(&backend, ip_packet) {
+            tracing::debug!(?backend, "health check: {error}");
+        }
+    }
+}
+
+fn fixed(config: &Config, keys: &KeyRing) -> Fixed {
+    let cluster = &config.cluster;
+    let mut cookies = keys.cookies();
+    Fixed {
+        local: config.member.id,
+        address: config.member.address,
+        seed: cluster.hash_seed,
+        scoring: match cluster.scoring {
+            ScoringKind::Rendezvous => Scoring::Rendezvous { key: cluster.hash_seed.0 },
+            ScoringKind::Crc8Highest => Scoring::Crc8 { best: Best::Highest },
+            ScoringKind::Crc8Lowest => Scoring::Crc8 { best: Best::Lowest },
+        },
+        rows: cluster.scoring.rows() as usize,
+        site_rule: match cluster.backup_site {
+            config::BackupSite::Any => BackupSite::Any,
+            config::BackupSite::Other => BackupSite::Other,
+        },
+        handoff: Handoff {
+            port: cluster.handoff_port,
+            cookie: cookies.next().unwrap_or_default(),
+            old_cookie: cookies.next(),
+            fragment: cluster.handoff_fragment,
+        },
+        replicate_syn: cluster.replicate == Replicate::Syn,
+    }
+}
+
+fn metadata(config: &Config, identity: &Identity) -> Metadata {
+    Metadata {
+        weight: config.member.weight,
+        site: config.member.site.clone(),
+        admin_address: (!config.admin.listen.ip().is_loopback()).then_some(config.admin.listen),
+        transfer_address: Some(config.transfer_address()),
+        fingerprint: identity.fingerprint(),
+        cache: config.member.cache == CacheMode::All,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        backends: Digest(config.cluster_digests().backends),
+        flows: 0,
+        unprotected: 0,
+    }
+}
+
+fn membership_config(config: &Config, keys: KeyRing, metadata: Metadata) -> MembershipConfig {
+    let now_us =
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
+    MembershipConfig {
+        // This forwarder's table dies with the process, so every start is a new boot.
+        boot: now_us,
+        session: now_us,
+        cluster: config.cluster.name.clone(),
+        seeds: config.member.seeds.iter().map(|seed| seed.address).collect(),
+        timing: match config.cluster.profile {
+            Profile::Lan => Timing::lan(),
+            Profile::Wan => Timing::wan(),
+        },
+        metadata,
+        shared: shared_digests(config),
+        bootstrap_wait: config.cluster.bootstrap_wait,
+        ..MembershipConfig::new(config.member.id, config.gossip_address(), keys)
+    }
+}
+
+/// What must be equal everywhere, as the gossip carries it.
+fn shared_digests(config: &Config) -> phalanx_membership::Shared {
+    let digests = config.cluster_digests();
+    let of = |names: &[&str]| {
+        let mut bytes = Vec::new();
+        for field in digests.must_match.iter().filter(|field| names.contains(&field.name)) {
+            bytes.extend_from_slice(&field.digest.to_be_bytes());
+        }
+        Digest::of(&bytes)
+    };
+    phalanx_membership::Shared {
+        hash_seed: of(&["cluster.hash_seed"]),
+        scoring: of(&["cluster.scoring"]),
+        backup_site: of(&["cluster.backup_site"]),
+        handoff_port: of(&["cluster.handoff_port"]),
+        rows: of(&["rows"]),
+        services: of(&["service"]),
+    }
+}
+
+/// The fields that differ between two configurations and that only a restart brings into force.
+fn fixed_fields_that_differ(old: &Config, new: &Config) -> Vec<&'static str> {
+    let mut fields = Vec::new();
+    let mut compare = |name, same: bool| {
+        if !same {
+            fields.push(name);
+        }
+    };
+    compare("member.id", old.member.id == new.member.id);
+    compare("member.address", old.member.address == new.member.address);
+    compare("member.site", old.member.site == new.member.site);
+    compare("member.cache", old.member.cache == new.member.cache);
+    compare("member.seeds", old.member.seeds == new.member.seeds);
+    compare("cluster.name", old.cluster.name == new.cluster.name);
+    compare("cluster.hash_seed", old.cluster.hash_seed == new.cluster.hash_seed);
+    compare("cluster.scoring", old.cluster.scoring == new.cluster.scoring);
+    compare("cluster.profile", old.cluster.profile == new.cluster.profile);
+    compare("cluster.gossip_port", old.cluster.gossip_port == new.cluster.gossip_port);
+    compare("cluster.transfer_port", old.cluster.transfer_port == new.cluster.transfer_port);
+    compare("cluster.handoff_port", old.cluster.handoff_port == new.cluster.handoff_port);
+    compare("cluster.handoff_fragment", old.cluster.handoff_fragment == new.cluster.handoff_fragment);
+    compare("cluster.backup_site", old.cluster.backup_site == new.cluster.backup_site);
+    compare("cluster.replication", old.cluster.replication == new.cluster.replication);
+    compare("cluster.replicate", old.cluster.replicate == new.cluster.replicate);
+    compare("cluster.transfer_rate", old.cluster.transfer_rate == new.cluster.transfer_rate);
+    compare("forwarder", old.forwarder == new.forwarder);
+    compare("admin", old.admin == new.admin);
+    compare("log", old.log == new.log);
+    fields
+}
+
+fn first_status(config: &Config, planner: &Planner) -> Status {
+    Status {
+        view: Arc::default(),
+        warnings: Vec::new(),
+        services: config.services.clone(),
+        health: std::collections::HashMap::new(),
+        fail_open: std::collections::HashMap::new(),
+        forwarder: phalanx_forwarder::Counters::default(),
+        unresolved: Vec::new(),
+        table: planner.current(),
+        unprotected: 0,
+        replication: phalanx_rebalancer::Counters::default(),
+        transfers: Vec::new(),
+        window_open: false,
+        leaving: false,
+        view_changes: 0,
+        counters: DriverCounters::default(),
+    }
+}
+
+async fn serve_admin(listen: SocketAddr, source: Source) -> anyhow::Result<()> {
+    let listener = tokio::net::TcpListener::bind(listen)
+        .await
+        .with_context(|| format!("admin.listen: cannot listen on {listen}: give a free port of this host"))?;
+    let router = phalanx_admin::router(Arc::new(source));
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, router).await {
+            tracing::error!("the admin API ended: {error}");
+        }
+    });
+    Ok(())
+}
+
+/// SIGHUP reloads, SIGTERM and SIGINT leave.
+fn spawn_signals(file: std::path::PathBuf, requests: mpsc::UnboundedSender<Request>) -> anyhow::Result<()> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        loop {
+            let request = tokio::select! {
+                _ = hangup.recv() => match read_again(&file) {
+                    Some(config) => Request::Reload(Box::new(config)),
+                    None => Request::ReloadRefused,
+                },
+                _ = terminate.recv() => Request::Leave,
+                _ = interrupt.recv() => Request::Leave,
+            };
+            if requests.send(request).is_err() {
+                return;
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Reads the configuration again; one with mistakes changes nothing.
+fn read_again(file: &Path) -> Option<Config> {
+    match Config::load(file) {
+        Ok(config) => Some(config),
+        Err(errors) => {
+            for error in errors {
+                tracing::error!("the configuration stays as it was: {error}");
+            }
+            None
+        }
+    }
+}

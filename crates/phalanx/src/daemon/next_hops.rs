@@ -111,6 +111,16 @@ impl Drop for NextHopDriver {
     }
 }
 
+/// What the kernel says of a destination.
+enum Resolved {
+    /// An address of this host: nothing is ever sent to it.
+    Local,
+    /// It is reached so.
+    By(NextHop),
+    /// No route, or no neighbour yet.
+    Missing,
+}
+
 struct Resolver {
     netlink: Netlink,
     forwarder: Arc<dyn Forwarder>,
@@ -127,14 +137,20 @@ impl Resolver {
             addresses
                 .iter()
                 .map(|&address| {
-                    let hop = self.resolve(address, now).unwrap_or_else(|error| {
+                    let resolved = self.resolve(address, now).unwrap_or_else(|error| {
                         tracing::debug!(%address, "next hop: {error}");
-                        None
+                        Resolved::Missing
                     });
-                    if hop.is_none() && !missing.contains(&address) {
-                        missing.push(address);
+                    match resolved {
+                        Resolved::Local => None,
+                        Resolved::By(hop) => Some(hop),
+                        Resolved::Missing => {
+                            if !missing.contains(&address) {
+                                missing.push(address);
+                            }
+                            None
+                        }
                     }
-                    hop
                 })
                 .collect()
         };
@@ -144,11 +160,12 @@ impl Resolver {
         missing
     }
 
-    fn resolve(&mut self, address: IpAddr, now: Instant) -> phalanx_netlink::Result<Option<NextHop>> {
+    fn resolve(&mut self, address: IpAddr, now: Instant) -> phalanx_netlink::Result<Resolved> {
         let hop = self.netlink.lookup(&Lookup::to(address))?;
-        if hop.kind != RouteKind::Unicast {
-            // Ourselves, or nowhere.
-            return Ok(None);
+        match hop.kind {
+            RouteKind::Unicast => {}
+            RouteKind::Local => return Ok(Resolved::Local),
+            _ => return Ok(Resolved::Missing),
         }
         let link = self.netlink.link_by_index(hop.index)?;
         let mtu = hop.mtu.map_or(link.mtu, |mtu| mtu.min(link.mtu)).min(u32::from(u16::MAX)) as u16;
@@ -168,11 +185,13 @@ impl Resolver {
             }
             None => self.known.get(&place).copied(),
         };
-        Ok(mac.zip(link.mac).map(|(destination, source)| NextHop {
-            interface: hop.index,
-            source_mac: source.0,
-            destination_mac: destination.0,
-            mtu,
+        Ok(mac.zip(link.mac).map_or(Resolved::Missing, |(destination, source)| {
+            Resolved::By(NextHop {
+                interface: hop.index,
+                source_mac: source.0,
+                destination_mac: destination.0,
+                mtu,
+            })
         }))
     }
 }

@@ -1,22 +1,24 @@
-//! QUIC between members: one long-lived outgoing stream of frames per peer, and short requests.
+//! QUIC between members: one stream of frames per pair of members, both ways, and short requests.
 //!
 //! ```text
-//!                 ┌──────────────── Peers ────────────────┐
-//!  control ──────►│ outbox per peer ─► dialer task ─► QUIC │──► peer's acceptor
-//!     ▲           │ (unbounded: the replicator bounds what │
-//!     │           │  is in flight)                         │
-//!     └───────────│ PeerEvent ◄── acceptor tasks ◄── QUIC  │◄── peers' dialers
-//!                 └────────────────────────────────────────┘
+//!                 ┌─────────────── Peers ───────────────┐
+//!  control ──────►│ outbox per link ─► writer ─► stream  │◄──► the peer's link
+//!     ▲           │ (unbounded: the replicator bounds    │
+//!     │           │  what is in flight)                  │
+//!     └───────────│ PeerEvent ◄── reader ◄── stream      │
+//!                 └─────────────────────────────────────┘
 //! ```
-//! Every member dials every other, so that each direction has a connection of its own and nothing needs to be deduplicated.
-//! A dropped outgoing connection is dialled again with capped backoff; what was in flight then is the replicator's to send again.
+//! Of two members the one with the lower id dials, and opens the stream of frames; so there is one connection and nothing to deduplicate.
+//! A lost connection is dialled again with capped backoff; what was in flight then is the replicator's to send again.
+//! Every connection is a *link* with a number of its own, and events name it: what a link that is gone still says is ignored.
 //!
 //! Certificates are self-signed and pinned by the fingerprint that the (sealed) gossip carries, in both directions.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use aws_lc_rs::digest;
@@ -39,6 +41,13 @@ const REDIAL_LAST: Duration = Duration::from_secs(1);
 /// A dead peer's connection ends after this long; gossip has said so long before.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(6);
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
+
+/// Path MTUs are probed up to this: what a 1,500-byte packet needs once it is handed off over IPv6, rounded up (design §4).
+pub const PROBED_MTU: u16 = 1600;
+const PROBED_PAYLOAD: u16 = PROBED_MTU - 28;
+
+/// QUIC has found the path MTU by then.
+const MTU_SETTLED: Duration = Duration::from_secs(10);
 
 /// How long a request may take in all.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
@@ -86,14 +95,12 @@ pub struct Peer {
 /// What peers did.
 #[derive(Debug)]
 pub enum PeerEvent {
-    /// Our stream to the peer is open.
-    Connected(MemberId),
-    /// Our stream to the peer is gone, with whatever was in flight.
-    Disconnected(MemberId),
-    /// Bytes of the peer's stream of frames, in order.
-    Frame(MemberId, Vec<u8>),
-    /// The peer opened its stream anew: a decoder must start afresh.
-    Opened(MemberId),
+    /// The stream of frames to the peer is open, both ways.
+    Connected(MemberId, Link),
+    /// It is gone, with whatever was in flight.
+    Disconnected(MemberId, Link),
+    /// Bytes of the stream of frames, in order, cut anywhere.
+    Frame(MemberId, Link, Vec<u8>),
     /// The peer asks; dropping `reply` refuses.
     Request {
         /// Who asks.
@@ -105,17 +112,30 @@ pub enum PeerEvent {
     },
 }
 
-struct Dialer {
-    peer: Peer,
+/// Number of a connection; no two of a process have the same.
+pub type Link = u64;
+
+/// First byte of a stream: what it is for.
+const FRAMES: u8 = b'F';
+const REQUEST: u8 = b'R';
+
+/// A peer that the view names, and the task that dials it if it is ours to dial.
+type Wanted = (Peer, Option<JoinHandle<()>>);
+
+struct Open {
+    link: Link,
+    since: Instant,
+    connection: quinn::Connection,
     outbox: mpsc::UnboundedSender<Vec<u8>>,
-    connection: Arc<Mutex<Option<quinn::Connection>>>,
-    task: JoinHandle<()>,
 }
 
 struct Shared {
+    local: MemberId,
     endpoint: quinn::Endpoint,
     by_fingerprint: Mutex<HashMap<Fingerprint, MemberId>>,
-    dialers: Mutex<HashMap<MemberId, Dialer>>,
+    wanted: Mutex<HashMap<MemberId, Wanted>>,
+    open: Mutex<HashMap<MemberId, Open>>,
+    next_link: AtomicU64,
     events: mpsc::UnboundedSender<PeerEvent>,
 }
 
@@ -130,18 +150,26 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 impl Peers {
     /// Listens on `address`; must be called within a tokio runtime.
     pub fn start(
+        local: MemberId,
         identity: &Identity,
         address: SocketAddr,
         events: mpsc::UnboundedSender<PeerEvent>,
     ) -> anyhow::Result<Self> {
-        let mut endpoint = quinn::Endpoint::server(server_config(identity)?, address).with_context(|| {
-            format!("listen for QUIC on {address} (member.address, cluster.transfer_port)")
-        })?;
+        let listen = || format!("listen for QUIC on {address} (member.address, cluster.transfer_port)");
+        let socket = std::net::UdpSocket::bind(address).with_context(listen)?;
+        let mut settings = quinn::EndpointConfig::default();
+        settings.max_udp_payload_size(PROBED_PAYLOAD)?;
+        let runtime = quinn::default_runtime().context("no runtime")?;
+        let mut endpoint = quinn::Endpoint::new(settings, Some(server_config(identity)?), socket, runtime)
+            .with_context(listen)?;
         endpoint.set_default_client_config(client_config(identity)?);
         let shared = Arc::new(Shared {
+            local,
             endpoint,
             by_fingerprint: Mutex::default(),
-            dialers: Mutex::default(),
+            wanted: Mutex::default(),
+            open: Mutex::default(),
+            next_link: AtomicU64::new(1),
             events,
         });
         tokio::spawn(accept(Arc::clone(&shared)));
@@ -151,39 +179,51 @@ impl Peers {
     /// Says whom to be connected with; others are let go.
     pub fn set_peers(&self, peers: &[Peer]) {
         *lock(&self.0.by_fingerprint) = peers.iter().map(|peer| (peer.fingerprint, peer.id)).collect();
-        let mut dialers = lock(&self.0.dialers);
-        dialers.retain(|id, dialer| {
-            let keep = peers.iter().any(|peer| peer.id == *id && *peer == dialer.peer);
+        let mut wanted = lock(&self.0.wanted);
+        wanted.retain(|id, (known, dialer)| {
+            let keep = peers.iter().any(|peer| peer.id == *id && peer == known);
             if !keep {
-                dialer.task.abort();
-                if let Some(connection) = lock(&dialer.connection).take() {
-                    connection.close(0_u32.into(), b"gone");
+                if let Some(dialer) = dialer {
+                    dialer.abort();
                 }
-                let _ = self.0.events.send(PeerEvent::Disconnected(*id));
+                self.reset(*id);
             }
             keep
         });
         for peer in peers {
-            dialers.entry(peer.id).or_insert_with(|| self.dialer(peer.clone()));
+            wanted.entry(peer.id).or_insert_with(|| {
+                let dialer =
+                    (self.0.local < peer.id).then(|| tokio::spawn(dial(Arc::clone(&self.0), peer.clone())));
+                (peer.clone(), dialer)
+            });
         }
     }
 
-    /// Queues bytes on the stream of frames to a peer; lost if it is not connected, and then [`PeerEvent::Disconnected`] said or will
-    /// say so.
-    pub fn send(&self, to: MemberId, frame: Vec<u8>) {
-        if let Some(dialer) = lock(&self.0.dialers).get(&to) {
-            let _ = dialer.outbox.send(frame);
+    /// Closes the connection to a peer; its link says so, and it is dialled again if it is still wanted.
+    pub fn reset(&self, id: MemberId) {
+        if let Some(open) = lock(&self.0.open).get(&id) {
+            open.connection.close(1_u32.into(), b"reset");
+        }
+    }
+
+    /// Queues bytes on a link's stream of frames; lost if the link is gone, of which [`PeerEvent::Disconnected`] says or has said so.
+    pub fn send(&self, to: MemberId, link: Link, frame: Vec<u8>) {
+        if let Some(open) = lock(&self.0.open).get(&to)
+            && open.link == link
+        {
+            let _ = open.outbox.send(frame);
         }
     }
 
     /// Asks a connected peer.
     pub async fn request(&self, to: MemberId, body: &[u8]) -> anyhow::Result<Vec<u8>> {
-        let connection = lock(&self.0.dialers)
+        let connection = lock(&self.0.open)
             .get(&to)
-            .and_then(|dialer| lock(&dialer.connection).clone())
+            .map(|open| open.connection.clone())
             .ok_or_else(|| anyhow!("member {to} is not connected"))?;
         tokio::time::timeout(REQUEST_TIMEOUT, async {
             let (mut send, mut receive) = connection.open_bi().await?;
+            send.write_all(&[REQUEST]).await?;
             send.write_all(body).await?;
             send.finish()?;
             Ok(receive.read_to_end(MAX_FRAME_BYTES).await?)
@@ -192,51 +232,37 @@ impl Peers {
         .with_context(|| format!("member {to} did not answer in {REQUEST_TIMEOUT:?}"))?
     }
 
+    /// The largest IP packet known to reach a peer whole, in bytes, once QUIC has had the time to find it (RFC 8899);
+    /// at most [`PROBED_MTU`].
+    pub fn path_mtu(&self, id: MemberId) -> Option<u16> {
+        let open = lock(&self.0.open);
+        let open = open.get(&id).filter(|open| open.since.elapsed() >= MTU_SETTLED)?;
+        let headers = if open.connection.remote_address().is_ipv4() { 28 } else { 48 };
+        Some(open.connection.stats().path.current_mtu.saturating_add(headers))
+    }
+
     /// Lets what is queued go out, then closes.
     pub async fn shutdown(&self) {
+        for (_, dialer) in lock(&self.0.wanted).values_mut() {
+            if let Some(dialer) = dialer.take() {
+                dialer.abort();
+            }
+        }
         self.0.endpoint.close(0_u32.into(), b"leaving");
         let _ = tokio::time::timeout(Duration::from_millis(200), self.0.endpoint.wait_idle()).await;
     }
-
-    fn dialer(&self, peer: Peer) -> Dialer {
-        let (outbox, queue) = mpsc::unbounded_channel();
-        let connection = Arc::new(Mutex::new(None));
-        let task = tokio::spawn(dial(Arc::clone(&self.0), peer.clone(), queue, Arc::clone(&connection)));
-        Dialer { peer, outbox, connection, task }
-    }
 }
 
-/// Keeps one outgoing connection to `peer` and writes its outbox to it.
-async fn dial(
-    shared: Arc<Shared>,
-    peer: Peer,
-    mut queue: mpsc::UnboundedReceiver<Vec<u8>>,
-    slot: Arc<Mutex<Option<quinn::Connection>>>,
-) {
+/// Keeps one connection to `peer` for as long as it is wanted.
+async fn dial(shared: Arc<Shared>, peer: Peer) {
     let mut pause = REDIAL_FIRST;
     loop {
         match connect(&shared, &peer).await {
-            Ok((connection, mut stream)) => {
+            Ok((connection, send, receive)) => {
                 pause = REDIAL_FIRST;
-                // What was queued while nobody listened is the replicator's to send again.
-                while queue.try_recv().is_ok() {}
-                *lock(&slot) = Some(connection.clone());
-                let _ = shared.events.send(PeerEvent::Connected(peer.id));
-                let reason = loop {
-                    tokio::select! {
-                        frame = queue.recv() => {
-                            let Some(frame) = frame else { return };
-                            if let Err(error) = stream.write_all(&frame).await {
-                                break error.to_string();
-                            }
-                        }
-                        error = connection.closed() => break error.to_string(),
-                    }
-                };
-                tracing::debug!(peer = %peer.id, reason, "stream to peer lost");
-                *lock(&slot) = None;
-                connection.close(1_u32.into(), b"stream lost");
-                let _ = shared.events.send(PeerEvent::Disconnected(peer.id));
+                let requests = tokio::spawn(serve_requests(Arc::clone(&shared), peer.id, connection.clone()));
+                run_link(&shared, peer.id, connection, send, receive).await;
+                requests.abort();
             }
             Err(error) => tracing::debug!(peer = %peer.id, address = %peer.address, "dial: {error:#}"),
         }
@@ -245,21 +271,60 @@ async fn dial(
     }
 }
 
-async fn connect(shared: &Shared, peer: &Peer) -> anyhow::Result<(quinn::Connection, quinn::SendStream)> {
+async fn connect(
+    shared: &Shared,
+    peer: &Peer,
+) -> anyhow::Result<(quinn::Connection, quinn::SendStream, quinn::RecvStream)> {
     let connection = shared.endpoint.connect(peer.address, "phalanx")?.await?;
     if peer_fingerprint(&connection)? != peer.fingerprint {
         connection.close(2_u32.into(), b"wrong certificate");
         bail!("the certificate at {} is not the one member {} gossips", peer.address, peer.id);
     }
-    let stream = connection.open_uni().await?;
-    Ok((connection, stream))
+    let (mut send, receive) = connection.open_bi().await?;
+    send.write_all(&[FRAMES]).await?;
+    Ok((connection, send, receive))
 }
 
-fn peer_fingerprint(connection: &quinn::Connection) -> anyhow::Result<Fingerprint> {
-    let identity = connection.peer_identity().context("no certificate")?;
-    let chain =
-        identity.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| anyhow!("no X.509 certificate"))?;
-    Ok(fingerprint(chain.first().context("no certificate")?))
+/// Runs one link until its connection ends.
+async fn run_link(
+    shared: &Shared,
+    peer: MemberId,
+    connection: quinn::Connection,
+    mut send: quinn::SendStream,
+    mut receive: quinn::RecvStream,
+) {
+    let link = shared.next_link.fetch_add(1, Ordering::Relaxed);
+    let (outbox, mut queue) = mpsc::unbounded_channel::<Vec<u8>>();
+    let before = lock(&shared.open)
+        .insert(peer, Open { link, since: Instant::now(), connection: connection.clone(), outbox });
+    if let Some(before) = before {
+        before.connection.close(1_u32.into(), b"replaced");
+        let _ = shared.events.send(PeerEvent::Disconnected(peer, before.link));
+    }
+    let _ = shared.events.send(PeerEvent::Connected(peer, link));
+    let write = async {
+        while let Some(frame) = queue.recv().await {
+            send.write_all(&frame).await?;
+        }
+        Ok::<_, quinn::WriteError>(())
+    };
+    let read = async {
+        while let Some(chunk) = receive.read_chunk(64 << 10, true).await? {
+            let _ = shared.events.send(PeerEvent::Frame(peer, link, chunk.bytes.to_vec()));
+        }
+        Ok::<_, quinn::ReadError>(())
+    };
+    tokio::select! {
+        _ = write => {}
+        _ = read => {}
+        _ = connection.closed() => {}
+    }
+    connection.close(1_u32.into(), b"stream lost");
+    let mut open = lock(&shared.open);
+    if open.get(&peer).is_some_and(|open| open.link == link) {
+        open.remove(&peer);
+        let _ = shared.events.send(PeerEvent::Disconnected(peer, link));
+    }
 }
 
 async fn accept(shared: Arc<Shared>) {
@@ -277,61 +342,76 @@ async fn accept(shared: Arc<Shared>) {
 async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming) -> anyhow::Result<()> {
     let connection = incoming.await?;
     let print = peer_fingerprint(&connection)?;
-    let mut from = lock(&shared.by_fingerprint).get(&print).copied();
+    let known = || lock(&shared.by_fingerprint).get(&print).copied();
+    let mut from = known();
     // A joiner may dial before its metadata has reached us.
     for _ in 0..20 {
         if from.is_some() {
             break;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
-        from = lock(&shared.by_fingerprint).get(&print).copied();
+        from = known();
     }
     let Some(from) = from else {
         connection.close(2_u32.into(), b"unknown certificate");
         bail!("a certificate nobody gossips");
     };
+    serve_requests(shared, from, connection).await
+}
+
+/// Serves the streams that a peer opens.
+async fn serve_requests(
+    shared: Arc<Shared>,
+    from: MemberId,
+    connection: quinn::Connection,
+) -> anyhow::Result<()> {
     loop {
-        tokio::select! {
-            stream = connection.accept_uni() => {
-                let mut stream = stream?;
-                let events = shared.events.clone();
-                tokio::spawn(async move {
-                    let _ = events.send(PeerEvent::Opened(from));
-                    while let Ok(Some(chunk)) = stream.read_chunk(64 << 10, true).await {
-                        if events.send(PeerEvent::Frame(from, chunk.bytes.to_vec())).is_err() {
-                            break;
-                        }
-                    }
-                });
+        let (mut send, mut receive) = connection.accept_bi().await?;
+        let shared = Arc::clone(&shared);
+        let connection = connection.clone();
+        tokio::spawn(async move {
+            let mut kind = [0];
+            if receive.read_exact(&mut kind).await.is_err() {
+                return;
             }
-            stream = connection.accept_bi() => {
-                let (mut send, mut receive) = stream?;
-                let events = shared.events.clone();
-                tokio::spawn(async move {
+            match kind[0] {
+                FRAMES if from < shared.local => run_link(&shared, from, connection, send, receive).await,
+                REQUEST => {
                     let Ok(body) = receive.read_to_end(MAX_FRAME_BYTES).await else { return };
                     let (reply, answer) = oneshot::channel();
-                    let _ = events.send(PeerEvent::Request { from, body, reply });
+                    let _ = shared.events.send(PeerEvent::Request { from, body, reply });
                     if let Ok(answer) = answer.await {
                         let _ = send.write_all(&answer).await;
                         let _ = send.finish();
                     } else {
                         let _ = send.reset(0_u32.into());
                     }
-                });
+                }
+                _ => connection.close(3_u32.into(), b"unknown stream"),
             }
-        }
+        });
     }
+}
+
+fn peer_fingerprint(connection: &quinn::Connection) -> anyhow::Result<Fingerprint> {
+    let identity = connection.peer_identity().context("no certificate")?;
+    let chain =
+        identity.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| anyhow!("no X.509 certificate"))?;
+    Ok(fingerprint(chain.first().context("no certificate")?))
 }
 
 fn transport() -> anyhow::Result<Arc<quinn::TransportConfig>> {
     let mut transport = quinn::TransportConfig::default();
+    let mut discovery = quinn::MtuDiscoveryConfig::default();
+    discovery.upper_bound(PROBED_PAYLOAD);
     transport
+        .mtu_discovery_config(Some(discovery))
         .max_idle_timeout(Some(IDLE_TIMEOUT.try_into()?))
         .keep_alive_interval(Some(KEEP_ALIVE))
         .stream_receive_window((16_u32 << 20).into())
         .send_window(32 << 20)
         .max_concurrent_bidi_streams(64_u32.into())
-        .max_concurrent_uni_streams(8_u32.into());
+        .max_concurrent_uni_streams(0_u32.into());
     Ok(Arc::new(transport))
 }
 
@@ -463,3 +543,6 @@ impl rustls::server::danger::ClientCertVerifier for Pinned {
         self.0.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests;

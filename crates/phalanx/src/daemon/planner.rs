@@ -12,7 +12,7 @@ use phalanx_flow::slots::{BackendTable, RankedBackend};
 use phalanx_flow::table::{BackupSite, RankedMember, RankingError, RowTable};
 use phalanx_flow::{BackendId, BackendIndex, FlowKey, FlowSeed, MemberId, MemberSlot, Row, flow_hash};
 use phalanx_forwarder::{Handoff, Plan, PlanBackend, PlanMember, PlanService, SlotSet};
-use phalanx_membership::{MemberState, View};
+use phalanx_membership::View;
 use phalanx_rebalancer::{Ranking, Survivors};
 use siphasher::sip::SipHasher24;
 
@@ -153,14 +153,18 @@ impl Planner {
                 site: site_number(&member.metadata.site),
             })
             .collect();
-        let boots: BTreeMap<MemberId, u64> =
-            view.ranked().map(|member| (member.id, member.boot)).collect();
+        let boots: BTreeMap<MemberId, u64> = view.ranked().map(|member| (member.id, member.boot)).collect();
         let old_members = self.current.table.members();
         if same_members(&old_members, &ranked) && boots == self.boots {
             return Ok(None);
         }
         let live: BTreeSet<MemberId> = view.members.iter().map(|member| member.id).collect();
-        let blank = boots.iter().filter(|(id, boot)| self.boots.get(id) != Some(boot)).map(|(id, _)| *id);
+        // A member that came back without its flow table counts as dead in the old table from the moment it is seen, joining or active.
+        let blank = view
+            .members
+            .iter()
+            .filter(|member| self.boots.get(&member.id) != Some(&member.boot))
+            .map(|member| member.id);
         let first = self.boots.is_empty();
         let survivors = Survivors { live, blank: blank.collect() };
         let departed = old_members.iter().any(|old| !ranked.iter().any(|member| member.id == old.id));
@@ -216,7 +220,10 @@ impl Planner {
             let plan = match kept {
                 Some(at) => ServicePlan { config: config.clone(), ..old.swap_remove(at) },
                 None => {
-                    let table = BackendTable::new(service_key(self.fixed.seed, config), &[]);
+                    let table = BackendTable::new(
+                        service_key(self.fixed.seed, config.address, config.port, config.protocol.number()),
+                        &[],
+                    );
                     let slots = table.to_indexes(|_| BackendIndex::NONE).into();
                     ServicePlan { config: config.clone(), table, slots, unsettled: None }
                 }
@@ -376,20 +383,18 @@ fn site_number(site: &str) -> u32 {
 }
 
 /// The ranking key of a service's backends: each service ranks them anew, every member alike.
-fn service_key(seed: FlowSeed, config: &ServiceConfig) -> [u64; 2] {
+pub fn service_key(seed: FlowSeed, address: IpAddr, port: u16, protocol: u8) -> [u64; 2] {
     let [k0, k1] = seed.0;
     let part = |salt: u8| {
         let mut hasher = SipHasher24::new_with_keys(k0, k1);
         hasher.write_u8(salt);
-        hasher.write(&phalanx_flow::key::octets(config.address).0);
-        hasher.write(&config.port.to_be_bytes());
-        hasher.write_u8(config.protocol.number());
+        hasher.write(&phalanx_flow::key::octets(address).0);
+        hasher.write(&port.to_be_bytes());
+        hasher.write_u8(protocol);
         hasher.finish()
     };
     [part(1), part(2)]
 }
 
-/// What memberships say of a member whose state is not active or leaving counts as joining.
-pub fn is_active(state: MemberState) -> bool {
-    matches!(state, MemberState::Active)
-}
+#[cfg(test)]
+mod tests;

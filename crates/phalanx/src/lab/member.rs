@@ -39,6 +39,10 @@ pub struct ClusterFile {
     pub service_lines: String,
     /// Lines to add to the cluster's section.
     pub cluster_lines: String,
+    /// Lines to add to the forwarder's section.
+    pub forwarder_lines: String,
+    /// "tcp" or "udp".
+    pub protocol: &'static str,
     /// The log's level, as in `[log] level`.
     pub log_level: String,
 }
@@ -74,17 +78,19 @@ impl ClusterFile {
             text,
             "[cluster]\nname = \"lab\"\nkey_file = \"{}\"\nhash_seed = \"{HASH_SEED}\"\nscoring = \"{}\"\n\
              profile = \"lan\"\nreplication = {}\nhandoff_fragment = {}\n{}\n\n\
-             [forwarder]\nkind = \"rawsock\"\ninterfaces = [\"{INTERFACE}\"]\n\n\
+             [forwarder]\nkind = \"rawsock\"\ninterfaces = [\"{INTERFACE}\"]\n{}\n\n\
              [admin]\nlisten = \"{ADMIN}\"\n\n[log]\nlevel = \"{}\"\n\n\
-             [[service]]\nname = \"web\"\naddress = \"{}\"\nport = {SERVICE_PORT}\nprotocol = \"tcp\"\n\
+             [[service]]\nname = \"web\"\naddress = \"{}\"\nport = {SERVICE_PORT}\nprotocol = \"{}\"\n\
              method = \"{}\"\n{}\n",
             key_file.display(),
             self.scoring,
             self.replication,
             self.handoff_fragment,
             self.cluster_lines,
+            self.forwarder_lines,
             self.log_level,
             self.service,
+            self.protocol,
             self.method,
             self.service_lines,
         );
@@ -150,7 +156,8 @@ impl Member {
         let log = OpenOptions::new().create(true).append(true).open(&self.log)?;
         let mut command = Command::new(&self.program);
         command.arg("run").arg("--config").arg(&self.config);
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        // The log is a file: colours would be in the way of who reads it, the lab's messages included.
+        command.env("NO_COLOR", "1").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.life = Life::Running(self.netns.spawn(&mut command)?);
         Ok(())
     }
@@ -289,6 +296,8 @@ mod tests {
             }],
             service_lines: "idle_timeout = \"10s\"".to_owned(),
             cluster_lines: String::new(),
+            forwarder_lines: "max_flows = 100".to_owned(),
+            protocol: "udp",
             log_level: "info".to_owned(),
         }
     }
@@ -300,6 +309,8 @@ mod tests {
         assert_eq!(file["member"]["id"].as_integer(), Some(2));
         assert_eq!(file["member"]["seeds"].as_array().map(Vec::len), Some(2));
         assert_eq!(file["cluster"]["replication"].as_bool(), Some(false));
+        assert_eq!(file["forwarder"]["max_flows"].as_integer(), Some(100));
+        assert_eq!(file["service"][0]["protocol"].as_str(), Some("udp"));
         assert_eq!(file["service"][0]["idle_timeout"].as_str(), Some("10s"));
         assert_eq!(file["service"][0]["backend"][0]["drain"].as_bool(), Some(true));
     }

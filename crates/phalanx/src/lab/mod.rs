@@ -88,6 +88,10 @@ pub struct LabOptions {
     pub service_lines: String,
     /// Lines to add to the cluster's section of every member's configuration.
     pub cluster_lines: String,
+    /// Lines to add to the forwarder's section of every member's configuration.
+    pub forwarder_lines: String,
+    /// The service is for datagrams; the caller brings its own servers and clients, so `traffic` must be off.
+    pub udp: bool,
     /// Log level of the members.
     pub log_level: String,
     /// What is done, in order of time.
@@ -130,6 +134,8 @@ impl Default for LabOptions {
             cache: false,
             service_lines: String::new(),
             cluster_lines: String::new(),
+            forwarder_lines: String::new(),
+            udp: false,
             log_level: "info".to_owned(),
             events: Vec::new(),
             direct: false,
@@ -234,11 +240,15 @@ pub struct LabArgs {
     cache: bool,
     /// Read the events from a file.
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "kill", "crash", "pause", "join", "leave", "restart", "add_backend", "drain_backend", "crash_backend", "reload",
+        "kill", "crash", "pause", "join", "leave", "restart", "add_backend", "drain_backend", "crash_backend", "reload", "enter",
     ])]
     scenario: Option<PathBuf>,
     #[command(flatten)]
     events: ScenarioArgs,
+    /// Do nothing to the site. Without this, without an event and without --duration, a backend is added after 2 s,
+    /// backend 1 drained after 5 s, and member 2 killed after 9 s.
+    #[arg(long)]
+    no_events: bool,
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
@@ -270,7 +280,12 @@ impl LabArgs {
     pub fn options(&self) -> Result<LabOptions> {
         let events = match &self.scenario {
             Some(file) => scenario::read(file)?,
-            None => self.events.events()?,
+            None => match self.events.events()? {
+                none if none.is_empty() && self.duration.is_none() && !self.no_events && !self.direct => {
+                    scenario::story(self.members, self.backends)
+                }
+                events => events,
+            },
         };
         let fragment = self.filter_icmp && self.server_mss.is_none();
         Ok(LabOptions {
@@ -295,6 +310,8 @@ impl LabArgs {
             cache: self.cache,
             service_lines: if fragment { "fragment = true".to_owned() } else { String::new() },
             cluster_lines: String::new(),
+            forwarder_lines: String::new(),
+            udp: false,
             log_level: self.log_level.clone(),
             events,
             direct: self.direct,
@@ -363,12 +380,28 @@ mod tests {
 
     #[test]
     fn the_defaults_of_the_command_line_are_those_of_the_library() {
-        let (line, library) = (options(&[]).unwrap(), LabOptions::default());
+        let (line, library) = (options(&["--no-events"]).unwrap(), LabOptions::default());
         assert_eq!(
             format!("{:?}", LabOptions { progress: false, ..line }),
             format!("{library:?}"),
             "but for progress"
         );
+    }
+
+    #[test]
+    fn told_nothing_the_lab_changes_the_backends_and_then_kills_a_member() {
+        let actions = |words: &[&str]| {
+            let events = options(words).unwrap().events;
+            events.iter().map(|event| event.action).collect::<Vec<_>>()
+        };
+        let story = [Action::AddBackend(None), Action::DrainBackend(1), Action::Kill(2)];
+        assert_eq!(actions(&[]), story);
+        assert_eq!(actions(&["--no-replication"]), story, "the twin goes through the same");
+        assert_eq!(actions(&["--members", "1"]), story[..2], "the only member is not killed");
+        for quiet in [&["--no-events"][..], &["--duration", "5s"], &["--direct"]] {
+            assert!(actions(quiet).is_empty(), "{quiet:?}");
+        }
+        assert_eq!(actions(&["--kill", "1@1s"]), [Action::Kill(1)]);
     }
 
     #[test]

@@ -47,6 +47,11 @@ impl Netns {
         &self.name
     }
 
+    /// Another handle on the same namespace, for a thread of its own.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { name: self.name.clone(), fd: self.fd.try_clone()? })
+    }
+
     /// Moves the calling thread in, for good.
     pub fn enter_for_good(&self) -> io::Result<()> {
         set_namespace(self.fd.as_raw_fd())

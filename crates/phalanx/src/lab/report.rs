@@ -51,6 +51,8 @@ pub struct Report {
     pub drops: BTreeMap<String, u64>,
     /// Packets of flows that nobody knew.
     pub recovered: u64,
+    /// Flows that were not recorded because a flow table was full.
+    pub table_full: u64,
     /// What went wrong beside connections: members that ended by themselves, configurations that were refused.
     pub problems: Vec<String>,
     /// Whether the run was ended by a signal before its time.

@@ -15,6 +15,7 @@ pub struct Router {
     service: IpAddr,
     detect: Duration,
     hops: Vec<Hop>,
+    pinned: Option<u32>,
     installed: Vec<NextHop>,
 }
 
@@ -45,7 +46,14 @@ enum State {
 impl Router {
     /// A router without next hops that notices a death after `detect`.
     pub fn new(netns: &Netns, service: IpAddr, detect: Duration) -> Result<Self> {
-        Ok(Self { netlink: netns.netlink()?, service, detect, hops: Vec::new(), installed: Vec::new() })
+        Ok(Self {
+            netlink: netns.netlink()?,
+            service,
+            detect,
+            hops: Vec::new(),
+            pinned: None,
+            installed: Vec::new(),
+        })
     }
 
     /// Tells it of a next hop that it may use once it is alive.
@@ -71,6 +79,11 @@ impl Router {
         }
     }
 
+    /// Sends all packets by one next hop, or (`None`) by all again. One that is dead or has been withdrawn stays unused.
+    pub fn pin(&mut self, number: Option<u32>) {
+        self.pinned = number;
+    }
+
     /// Whether a next hop is in use.
     pub fn uses(&self, number: u32) -> bool {
         self.hops.iter().any(|hop| hop.number == number && hop.state != State::Out)
@@ -85,8 +98,12 @@ impl Router {
                 hop.state = State::Out;
             }
         }
-        let wanted: Vec<NextHop> =
-            self.hops.iter().filter(|hop| hop.state != State::Out).map(|hop| hop.hop).collect();
+        let wanted: Vec<NextHop> = self
+            .hops
+            .iter()
+            .filter(|hop| hop.state != State::Out && self.pinned.is_none_or(|number| hop.number == number))
+            .map(|hop| hop.hop)
+            .collect();
         if wanted == self.installed {
             return Ok(());
         }

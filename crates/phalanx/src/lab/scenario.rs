@@ -34,6 +34,8 @@ pub enum Action {
     CrashBackend(u32),
     /// SIGHUP to one member, or to all.
     Reload(Option<u32>),
+    /// The router sends all packets by one member, or (`None`) by all again.
+    Enter(Option<u32>),
 }
 
 /// An action and its time.
@@ -61,8 +63,26 @@ impl fmt::Display for Action {
             Self::CrashBackend(id) => write!(f, "crash backend {id}"),
             Self::Reload(Some(id)) => write!(f, "reload {id}"),
             Self::Reload(None) => write!(f, "reload all"),
+            Self::Enter(Some(id)) => write!(f, "enter by {id}"),
+            Self::Enter(None) => write!(f, "enter by all"),
         }
     }
+}
+
+/// What the lab does when it is told nothing: first the backends change, so that many connections sit where the consistent table
+/// would not put them; then a member dies. A load balancer without state breaks those connections.
+pub fn story(members: u32, backends: u32) -> Vec<Event> {
+    /// A site that would have none left loses none.
+    const LEAST: u32 = 2;
+    let at = |seconds, action| Event { at: Duration::from_secs(seconds), action };
+    let mut events = vec![at(2, Action::AddBackend(None))];
+    if backends >= LEAST {
+        events.push(at(5, Action::DrainBackend(1)));
+    }
+    if members >= LEAST {
+        events.push(at(9, Action::Kill(2)));
+    }
+    events
 }
 
 /// Where and when, as on the command line: `2@5s`, `5s` where no target is needed, `2@5s+3s` with a length.
@@ -135,12 +155,15 @@ pub struct ScenarioArgs {
     /// Have a member, or all, read its configuration again (SIGHUP).
     #[arg(long, value_name = "[ID@]TIME")]
     pub reload: Vec<When>,
+    /// Have the router send all packets by one member, or by all again.
+    #[arg(long, value_name = "[ID@]TIME")]
+    pub enter: Vec<When>,
 }
 
 impl ScenarioArgs {
     /// The events, in order of time.
     pub fn events(&self) -> Result<Vec<Event>> {
-        let lists: [(&str, &[When]); 10] = [
+        let lists: [(&str, &[When]); 11] = [
             ("kill", &self.kill),
             ("crash", &self.crash),
             ("pause", &self.pause),
@@ -151,6 +174,7 @@ impl ScenarioArgs {
             ("drain-backend", &self.drain_backend),
             ("crash-backend", &self.crash_backend),
             ("reload", &self.reload),
+            ("enter", &self.enter),
         ];
         let mut events = Vec::new();
         for (name, whens) in lists {
@@ -181,9 +205,10 @@ fn event(name: &str, when: When) -> Result<Event> {
         "drain-backend" => Action::DrainBackend(target?),
         "crash-backend" => Action::CrashBackend(target?),
         "reload" => Action::Reload(when.target),
+        "enter" => Action::Enter(when.target),
         _ => bail!(
             "there is no event {name:?}: kill, crash, pause, join, leave, restart, add-backend, drain-backend, \
-             crash-backend and reload are"
+             crash-backend, reload and enter are"
         ),
     };
     Ok(Event { at: when.at, action })

@@ -1,14 +1,13 @@
 //! Which backend the consistent table gives: how many live connections would be lost without state.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use phalanx_flow::slots::{BackendTable, RankedBackend};
 use phalanx_flow::{BackendId, FlowKey, FlowSeed, Method, flow_hash, key};
-use siphasher::sip::SipHasher24;
-use std::hash::Hasher as _;
 
 use super::member::{BackendLine, HASH_SEED};
 use super::traffic::Live;
+use crate::daemon::planner::service_key;
 
 /// The backend table that every member computes from the present configuration.
 #[derive(Debug)]
@@ -35,7 +34,7 @@ impl ConsistentTable {
         Self {
             seed,
             target,
-            table: BackendTable::new(service_key(seed, target), &ranked),
+            table: BackendTable::new(service_key(seed, target.ip(), target.port(), key::TCP), &ranked),
             numbers: backends.iter().map(|backend| (id(backend), backend.number)).collect(),
         }
     }
@@ -63,24 +62,6 @@ impl ConsistentTable {
         }
         (known > 0).then(|| f64::from(deviating) / f64::from(known))
     }
-}
-
-/// The ranking key of a service's backends, as the daemon computes it (`daemon::planner`).
-fn service_key(seed: FlowSeed, target: SocketAddr) -> [u64; 2] {
-    let [k0, k1] = seed.0;
-    let part = |salt: u8| {
-        let mut hasher = SipHasher24::new_with_keys(k0, k1);
-        hasher.write_u8(salt);
-        hasher.write(&address_octets(target.ip()));
-        hasher.write(&target.port().to_be_bytes());
-        hasher.write_u8(key::TCP);
-        hasher.finish()
-    };
-    [part(1), part(2)]
-}
-
-const fn address_octets(address: IpAddr) -> [u8; 16] {
-    key::octets(address).0
 }
 
 #[cfg(test)]

@@ -151,6 +151,11 @@ impl Lab {
         &self.world
     }
 
+    /// What it was told. Its events are carried out by [`super::run`] only.
+    pub const fn options(&self) -> &LabOptions {
+        &self.options
+    }
+
     /// What went wrong so far, beside connections.
     pub fn problems(&self) -> &[String] {
         &self.problems
@@ -173,7 +178,7 @@ impl Lab {
         }
         for host in &self.world.backends {
             let mut command = Command::new(&self.program);
-            command.args(["decap", "--tun", DECAP_DEVICE, "--gue-port", &GUE_PORT.to_string()]);
+            command.args(["decap", "--device", DECAP_DEVICE, "--gue-port", &GUE_PORT.to_string()]);
             command.stdin(Stdio::null()).stdout(Stdio::null());
             let child = host.netns.spawn(&mut command)?;
             self.decapsulators.push(Decapsulator { backend: host.number, child });
@@ -268,6 +273,8 @@ impl Lab {
             backends: self.backends.clone(),
             service_lines: self.options.service_lines.clone(),
             cluster_lines: self.options.cluster_lines.clone(),
+            forwarder_lines: self.options.forwarder_lines.clone(),
+            protocol: if self.options.udp { "udp" } else { "tcp" },
             log_level: self.options.log_level.clone(),
         };
         let key = self.directory.path.join("cluster.key");
@@ -354,6 +361,13 @@ impl Lab {
             }
             Action::Reload(Some(id)) => self.member(id)?.1.reload()?,
             Action::Reload(None) => self.reload_all()?,
+            Action::Enter(id) => {
+                if let Some(id) = id {
+                    // Only to have a clear message where there is none.
+                    self.member(id)?;
+                }
+                self.router.pin(id);
+            }
         }
         // What the router must know at once, it learns at once.
         self.poll()
@@ -586,6 +600,7 @@ impl Lab {
             verdicts: by_label("phalanx_packets_total", "verdict"),
             drops: by_label("phalanx_drops_total", "reason"),
             recovered: totals.get("phalanx_recovered_total").copied().unwrap_or_default() as u64,
+            table_full: totals.get("phalanx_table_full_total").copied().unwrap_or_default() as u64,
             problems: self.problems.clone(),
             interrupted: self.is_interrupted(),
             ..Report::default()
@@ -685,9 +700,11 @@ const fn is_member_change(action: Action) -> bool {
         | Action::Join(_)
         | Action::Leave(_)
         | Action::Restart(_) => true,
-        Action::AddBackend(_) | Action::DrainBackend(_) | Action::CrashBackend(_) | Action::Reload(_) => {
-            false
-        }
+        Action::AddBackend(_)
+        | Action::DrainBackend(_)
+        | Action::CrashBackend(_)
+        | Action::Reload(_)
+        | Action::Enter(_) => false,
     }
 }
 

@@ -212,6 +212,9 @@ impl Builder<'_> {
             ("net/ipv4/ip_local_port_range", "1024 65535"),
             ("net/ipv4/tcp_tw_reuse", "1"),
             ("net/ipv4/tcp_no_metrics_save", "1"),
+            // A socket's hash travels with its packets through a veth and is what the router spreads them by; drawing a new one
+            // after a timeout would move the connection to another next hop, which no router does.
+            ("net/core/txrehash", "0"),
         ])?;
         let link = self.link(&client, "client", CLIENT_MTU)?;
         let (v4, v6) = (v4(198, 18, 0, 0), v6(0, 0));

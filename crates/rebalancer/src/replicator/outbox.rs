@@ -194,3 +194,102 @@ pub(super) fn aged_item(mut item: Item, at: Instant, now: Instant) -> Item {
     }
     item
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::testing::{epoch, key, record};
+
+    fn associate(n: u16, birth: u64, update: u32) -> Item {
+        let mut record = record(n, 1);
+        (record.birth, record.update) = (birth, update);
+        Item::Associate { record, cache: false }
+    }
+
+    fn end(n: u16, birth: u64) -> Item {
+        Item::End { key: key(n), birth, cache: false }
+    }
+
+    fn outbox(items: &[Item]) -> (Instant, Outbox) {
+        let now = epoch();
+        let mut outbox = Outbox::new(10);
+        for &item in items {
+            assert!(outbox.push(now, item));
+        }
+        (now, outbox)
+    }
+
+    #[test]
+    fn a_later_record_replaces_an_earlier_one_and_not_the_other_way_round() {
+        for items in [[associate(1, 5, 1), associate(1, 5, 2)], [associate(1, 5, 2), associate(1, 5, 1)]] {
+            let (now, mut outbox) = outbox(&items);
+            assert_eq!(outbox.take(now, 100), [associate(1, 5, 2)]);
+        }
+    }
+
+    #[test]
+    fn an_end_takes_the_life_it_ends_and_goes_before_the_next() {
+        let (now, mut outbox) =
+            outbox(&[associate(1, 5, 1), end(1, 5), associate(1, 5, 2), associate(1, 6, 0)]);
+        assert_eq!(outbox.take(now, 100), [end(1, 5), associate(1, 6, 0)]);
+    }
+
+    #[test]
+    fn a_record_of_an_ended_life_is_not_taken_after_its_end() {
+        let (now, mut outbox) = outbox(&[end(1, 5), associate(1, 5, 2)]);
+        assert_eq!(outbox.take(now, 100), [end(1, 5)]);
+    }
+
+    #[test]
+    fn what_comes_back_unacknowledged_goes_first_and_overwrites_nothing_said_since() {
+        let (now, mut outbox) = outbox(&[associate(1, 5, 3), associate(3, 5, 1), end(4, 5)]);
+        // In the order in which a lost connection gives them back: last sent, first back.
+        for item in [associate(4, 5, 2), associate(1, 5, 2), associate(2, 5, 1)] {
+            outbox.push_back_unacknowledged(now, item);
+        }
+        let sent = outbox.take(now, 100);
+        assert_eq!(sent, [associate(2, 5, 1), associate(1, 5, 3), associate(3, 5, 1), end(4, 5)]);
+    }
+
+    #[test]
+    fn an_end_that_comes_back_does_not_take_the_next_life_with_it() {
+        let (now, mut outbox) = outbox(&[associate(1, 6, 1)]);
+        outbox.push_back_unacknowledged(now, end(1, 5));
+        outbox.push_back_unacknowledged(now, associate(1, 5, 4));
+        assert_eq!(outbox.take(now, 100), [end(1, 5), associate(1, 6, 1)]);
+    }
+
+    #[test]
+    fn to_hold_a_record_goes_before_to_cache_it_and_both_before_a_hint() {
+        let Item::Associate { record, .. } = associate(1, 5, 1) else { unreachable!("an association") };
+        let cache = Item::Associate { record, cache: true };
+        let hint = Item::Hint { record: Record { birth: 0, ..record } };
+        for items in [[hint, cache, associate(1, 5, 1)], [associate(1, 5, 1), hint, cache]] {
+            let (now, mut outbox) = outbox(&items);
+            assert_eq!(outbox.take(now, 100), [associate(1, 5, 1)]);
+        }
+        let (now, mut outbox) = outbox(&[hint]);
+        assert_eq!(outbox.take(now, 100), [hint], "the twin: alone it is sent");
+    }
+
+    #[test]
+    fn records_age_while_they_wait() {
+        let (now, mut outbox) =
+            outbox(&[associate(1, 5, 1), Item::Touch { key: key(2), birth: 5, idle_ms: 7 }]);
+        let sent = outbox.take(now + Duration::from_millis(1_500), 100);
+        assert!(matches!(sent[0], Item::Associate { record, .. } if record.idle_ms == 1_500));
+        assert!(matches!(sent[1], Item::Touch { idle_ms: 1_507, .. }));
+    }
+
+    #[test]
+    fn a_full_outbox_takes_nothing_of_new_flows_and_all_of_old_ones() {
+        let items: Vec<_> = (0..10).map(|n| associate(n, 5, 1)).collect();
+        let (now, mut outbox) = outbox(&items);
+        assert!(!outbox.push(now, associate(10, 5, 1)));
+        assert!(outbox.push(now, associate(9, 5, 2)));
+        assert_eq!(outbox.take(now, 6).len(), 4, "room is kept for a slot's three items");
+        assert!(outbox.push(now, associate(10, 5, 1)));
+    }
+}

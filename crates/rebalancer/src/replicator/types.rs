@@ -84,7 +84,7 @@ pub enum Apply {
         /// The birth.
         birth: u64,
     },
-    /// Set [`FlowFlags::PROTECTED`] if the entry still has this birth and update.
+    /// Set [`FlowFlags::PROTECTED`](phalanx_flow::FlowFlags::PROTECTED) if the entry still has this birth and update.
     Protect {
         /// The flow.
         key: FlowKey,
@@ -108,7 +108,7 @@ pub enum ApplyResult {
     UnknownBackend,
 }
 
-/// Changes to be made in order; [`Replicator::handle_applied`] takes the results.
+/// Changes to be made in order; [`Replicator::handle_applied`](super::Replicator::handle_applied) takes the results.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApplyBatch {
     /// Names the batch.
@@ -119,7 +119,7 @@ pub struct ApplyBatch {
     pub items: Vec<Apply>,
 }
 
-/// Flows whose records are asked for; [`Replicator::handle_lookup`] takes the answer.
+/// Flows whose records are asked for; [`Replicator::handle_lookup`](super::Replicator::handle_lookup) takes the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lookup {
     /// Names the question.
@@ -168,7 +168,7 @@ pub enum PeerError {
     /// The bytes are not this protocol.
     #[error(transparent)]
     Codec(#[from] CodecError),
-    /// [`Replicator::handle_connected`] was not called.
+    /// [`Replicator::handle_connected`](super::Replicator::handle_connected) was not called.
     #[error("data from a peer that is not connected")]
     NotConnected,
     /// The peer sends more than its windows allow, or the local forwarder has stopped applying.

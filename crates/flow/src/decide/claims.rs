@@ -1,0 +1,196 @@
+//! The founding document's claims about one packet: 1, 2 and 15 to 17 (Figures 4-a, 4-b and 5).
+use super::*;
+use crate::packet::{Link, parse, samples};
+
+const OWNER: MemberSlot = MemberSlot(0);
+const BACKUP: MemberSlot = MemberSlot(1);
+const THIRD: MemberSlot = MemberSlot(2);
+
+/// What the consistent table would give.
+const CONSISTENT: BackendIndex = BackendIndex(7);
+/// Where the flow is: backends have changed since it began.
+const RECORDED: BackendIndex = BackendIndex(3);
+
+/// One member's tables; every member has the same row.
+#[derive(Clone)]
+struct World {
+    local: MemberSlot,
+    suspect: Option<MemberSlot>,
+    flow: Option<FlowEntry>,
+    cached: Option<FlowEntry>,
+    /// There is no member in the table.
+    alone: bool,
+}
+
+impl World {
+    fn of(local: MemberSlot) -> Self {
+        Self { local, suspect: None, flow: None, cached: None, alone: false }
+    }
+
+    fn decide(&self, arrival: Arrival, flags: u8) -> Decision {
+        let payload: &[u8] = if flags & tcp_flags::SYN == 0 { b"data" } else { b"" };
+        let packet = parse(samples::tcp(4, flags, payload).as_slice(), Link::Ip).unwrap();
+        decide(&packet, &arrival, self)
+    }
+}
+
+impl Tables for World {
+    fn local(&self) -> Local {
+        Local { slot: self.local, leased: true, seed: FlowSeed([1, 2]), now_ms: 1000 }
+    }
+    fn service(&self, _: &FlowKey) -> ServiceMatch {
+        ServiceMatch::Service(Service { index: 0, idle_ms: 60_000, replicate_syn: false })
+    }
+    fn row_of(&self, _: &FlowKey, _: u64) -> u32 {
+        0
+    }
+    fn row(&self, _: u32) -> Row {
+        if self.alone { Row::EMPTY } else { Row { ranks: [OWNER, BACKUP, THIRD], flags: 0 } }
+    }
+    fn previous_row(&self, _: u32) -> Option<Row> {
+        None
+    }
+    fn liveness(&self, slot: MemberSlot) -> Liveness {
+        if self.suspect == Some(slot) { Liveness::Suspect } else { Liveness::Alive }
+    }
+    fn slot_of(&self, id: MemberId) -> MemberSlot {
+        MemberSlot(id.0 as u16)
+    }
+    fn flow(&self, _: &FlowKey) -> Option<FlowEntry> {
+        self.flow
+    }
+    fn cached(&self, _: &FlowKey) -> Option<FlowEntry> {
+        self.cached
+    }
+    fn consistent(&self, _: u32, _: u16) -> Choice {
+        Choice { backend: CONSISTENT, unsettled: false }
+    }
+    fn fragment_ports(&self, _: &FlowKey) -> Option<[[u8; 2]; 2]> {
+        None
+    }
+}
+
+fn recorded() -> Option<FlowEntry> {
+    let state = FlowState::Established as u8;
+    Some(FlowEntry { backend: RECORDED, state, last_seen_ms: 900, last_reported_ms: 900, ..NO_ENTRY })
+}
+
+fn handed_to(decision: &Decision) -> Option<MemberSlot> {
+    match decision.verdict {
+        Verdict::HandOff(hand_off) => Some(hand_off.to),
+        _ => None,
+    }
+}
+
+const DATA: u8 = tcp_flags::ACK | tcp_flags::PSH;
+
+#[test]
+fn claim_1_the_owner_processes_its_connections_and_all_others_hand_them_off_to_it() {
+    for slot in [OWNER, BACKUP, THIRD] {
+        let decision = World::of(slot).decide(Arrival::WIRE, tcp_flags::SYN);
+        if slot == OWNER {
+            assert_eq!(decision.verdict, Verdict::Forward(CONSISTENT));
+            assert_eq!((decision.action, decision.outcome), (Action::Insert, Outcome::New));
+        } else {
+            assert_eq!(handed_to(&decision), Some(OWNER), "{slot:?}");
+            assert_eq!(decision.action, Action::Keep, "who does not own it records nothing");
+        }
+    }
+}
+
+#[test]
+fn claim_2_the_backup_processes_the_connection_while_the_owner_cannot() {
+    let third = World { suspect: Some(OWNER), ..World::of(THIRD) };
+    let passed_on = third.decide(Arrival::WIRE, DATA);
+    assert_eq!(handed_to(&passed_on), Some(BACKUP));
+    let Verdict::HandOff(hand_off) = passed_on.verdict else { panic!("{passed_on:?}") };
+    assert_eq!(hand_off.bypassed, OWNER, "the backup is told why it gets the packet");
+
+    let arrival = Arrival { hops: 1, bypassed: Some(MemberId(u32::from(OWNER.0))), ports: None };
+    let backup = World { flow: recorded(), ..World::of(BACKUP) };
+    assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED), "by the state it was sent");
+    let new = World::of(BACKUP).decide(arrival, tcp_flags::SYN);
+    assert_eq!((new.verdict, new.action), (Verdict::Forward(CONSISTENT), Action::Insert), "and new ones too");
+
+    // The twin: while the owner is well, the same packet goes to it.
+    assert_eq!(handed_to(&World::of(THIRD).decide(Arrival::WIRE, DATA)), Some(OWNER));
+}
+
+#[test]
+fn claim_15_a_syn_is_forwarded_and_recorded_by_the_owner_or_handed_to_it() {
+    let at_owner = World::of(OWNER).decide(Arrival::WIRE, tcp_flags::SYN);
+    assert_eq!(at_owner.event, Some(FlowEventKind::New), "the daemon is told, to tell the backup (430)");
+    assert_eq!(at_owner.entry.backend, CONSISTENT);
+    // A SYN that was handed to the owner is dealt with like one that came to it (445).
+    let arrival = Arrival { hops: 1, bypassed: None, ports: None };
+    let handed = World::of(OWNER).decide(arrival, tcp_flags::SYN);
+    assert_eq!(
+        (handed.verdict, handed.action, handed.event),
+        (at_owner.verdict, Action::Insert, at_owner.event)
+    );
+    // A new connection never follows what a cache knows of an old one.
+    let caching = World { cached: recorded(), ..World::of(THIRD) };
+    let decision = caching.decide(Arrival::WIRE, tcp_flags::SYN);
+    assert_eq!((handed_to(&decision), decision.erase_cache), (Some(OWNER), true));
+}
+
+#[test]
+fn claim_16_owner_and_backup_forward_by_their_table_and_others_by_cache_or_owner() {
+    for slot in [OWNER, BACKUP] {
+        let holder = World { flow: recorded(), ..World::of(slot) };
+        let decision = holder.decide(Arrival::WIRE, DATA);
+        assert_eq!(
+            (decision.verdict, decision.outcome),
+            (Verdict::Forward(RECORDED), Outcome::Hit),
+            "{slot:?}"
+        );
+    }
+    let caching = World { cached: recorded(), ..World::of(THIRD) };
+    let decision = caching.decide(Arrival::WIRE, DATA);
+    assert_eq!((decision.verdict, decision.outcome), (Verdict::Forward(RECORDED), Outcome::CacheHit));
+    let neither = World::of(THIRD).decide(Arrival::WIRE, DATA);
+    assert_eq!((handed_to(&neither), neither.outcome), (Some(OWNER), Outcome::HandedOff));
+}
+
+#[test]
+fn claim_16_the_end_of_a_connection_is_told_whoever_forwards_it() {
+    for (flags, state) in [(tcp_flags::FIN, FlowState::Closing), (tcp_flags::RST, FlowState::Reset)] {
+        let holder = World { flow: recorded(), ..World::of(BACKUP) };
+        let decision = holder.decide(Arrival::WIRE, flags | tcp_flags::ACK);
+        assert_eq!((decision.event, decision.entry.flow_state()), (Some(FlowEventKind::Changed), state));
+        let caching = World { cached: recorded(), ..World::of(THIRD) };
+        let decision = caching.decide(Arrival::WIRE, flags | tcp_flags::ACK);
+        assert_eq!((decision.event, decision.action), (Some(FlowEventKind::Cached), Action::UpdateCache));
+        assert_eq!(decision.verdict, Verdict::Forward(RECORDED), "the packet itself still arrives");
+    }
+    // The twin: data ends nothing.
+    let holder = World { flow: recorded(), ..World::of(BACKUP) };
+    assert_eq!(holder.decide(Arrival::WIRE, DATA).event, None);
+}
+
+#[test]
+fn claim_17_without_a_cache_what_is_not_ours_always_goes_to_the_owner() {
+    for flags in [DATA, tcp_flags::ACK | tcp_flags::FIN, tcp_flags::RST, tcp_flags::SYN | tcp_flags::ACK] {
+        let decision = World::of(THIRD).decide(Arrival::WIRE, flags);
+        assert_eq!(handed_to(&decision), Some(OWNER), "{flags:#x}");
+        assert_eq!((decision.action, decision.event), (Action::Keep, None));
+    }
+}
+
+#[test]
+fn who_is_in_no_cluster_does_not_guess_where_a_connection_goes() {
+    let alone = World { alone: true, ..World::of(OWNER) };
+    for hops in 0..=MAX_HOPS {
+        let decision = alone.decide(Arrival { hops, ..Arrival::WIRE }, DATA);
+        assert_eq!(decision.verdict, Verdict::Drop(DropReason::NotJoined), "{hops} hops");
+        assert_eq!((decision.action, decision.event), (Action::Keep, None));
+    }
+    // What it knows it forwards; a new connection, which nobody could record, waits for the client's next SYN.
+    let known = World { flow: recorded(), ..alone.clone() };
+    assert_eq!(known.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+    let new = alone.decide(Arrival::WIRE, tcp_flags::SYN);
+    assert_eq!((new.verdict, new.action), (Verdict::Drop(DropReason::NotJoined), Action::Keep));
+    // The twin: the owner with nobody left to ask recovers the flow.
+    let owner = World::of(OWNER).decide(Arrival { hops: MAX_HOPS, ..Arrival::WIRE }, DATA);
+    assert_eq!((owner.verdict, owner.outcome), (Verdict::Forward(CONSISTENT), Outcome::Recovered));
+}

@@ -1,0 +1,222 @@
+use phalanx_flow::Method;
+use phalanx_membership::{Digest, MemberState, MemberView, Metadata};
+
+use super::*;
+
+fn fixed(local: u32) -> Fixed {
+    Fixed {
+        local: MemberId(local),
+        address: IpAddr::from([10, 0, 0, local as u8]),
+        seed: FlowSeed([1, 2]),
+        scoring: Scoring::Rendezvous { key: [1, 2] },
+        rows: 1024,
+        site_rule: BackupSite::Any,
+        handoff: Handoff { port: 6081, cookie: 7, old_cookie: None, fragment: false },
+        replicate_syn: false,
+    }
+}
+
+fn member(id: u32, boot: u64, state: MemberState, liveness: Liveness) -> MemberView {
+    MemberView {
+        id: MemberId(id),
+        address: ([10, 0, 0, id as u8], 7946).into(),
+        boot,
+        generation: 0,
+        state,
+        metadata: Arc::new(Metadata { weight: 100, ..Metadata::default() }),
+        known: true,
+        view_digest: Digest(0),
+        liveness,
+        suspected: liveness != Liveness::Alive,
+        echo_failing: false,
+    }
+}
+
+fn active(id: u32) -> MemberView {
+    member(id, 1, MemberState::Active, Liveness::Alive)
+}
+
+fn view(digest: u64, members: Vec<MemberView>) -> View {
+    View { members, digest: Digest(digest), distrusts_itself: false }
+}
+
+/// A planner of member 1 that has seen members 1 to 3 active.
+fn settled() -> Planner {
+    let mut planner = Planner::new(fixed(1)).unwrap();
+    planner.set_view(&view(1, vec![active(1), active(2), active(3)])).unwrap().unwrap();
+    planner.close_window();
+    planner
+}
+
+fn id_at(plan: &Plan, slot: MemberSlot) -> Option<MemberId> {
+    plan.members.get(usize::from(slot.0)).map(|member| member.id)
+}
+
+#[test]
+fn a_newcomer_takes_the_table_of_the_others_for_the_one_before() {
+    let mut planner = Planner::new(fixed(1)).unwrap();
+    let change = planner.set_view(&view(1, vec![active(1), active(2), active(3)])).unwrap().unwrap();
+    assert_eq!(change.survivors.blank, BTreeSet::from([MemberId(1)]));
+    let old: Vec<MemberId> = change.old.table.members().iter().map(|member| member.id).collect();
+    assert_eq!(old, [MemberId(2), MemberId(3)]);
+    let plan = planner.plan();
+    let previous = plan.previous.clone().expect("the window is open");
+    for (row, before) in plan.rows.iter().zip(previous.iter()) {
+        assert_ne!(id_at(&plan, before.owner()), Some(MemberId(1)));
+        if id_at(&plan, row.owner()) != Some(MemberId(1)) {
+            assert_eq!(row.owner(), before.owner(), "only the newcomer takes rows");
+        }
+    }
+}
+
+#[test]
+fn a_member_alone_has_nobody_before_it() {
+    let mut planner = Planner::new(fixed(1)).unwrap();
+    planner.set_view(&view(1, vec![active(1)])).unwrap().unwrap();
+    assert!(planner.previous().is_none());
+}
+
+#[test]
+fn suspicion_diverts_and_moves_nothing_while_a_confirmation_does() {
+    let mut planner = settled();
+    let before = planner.plan();
+    let doubted = member(2, 1, MemberState::Active, Liveness::Suspect);
+    assert!(planner.set_view(&view(1, vec![active(1), doubted, active(3)])).unwrap().is_none());
+    let plan = planner.plan();
+    assert!(Arc::ptr_eq(&before.rows, &plan.rows), "the table keeps its Arc");
+    assert_eq!(plan.members[usize::from(planner.member_slot(MemberId(2)).0)].liveness, Liveness::Suspect);
+
+    let change = planner.set_view(&view(2, vec![active(1), active(3)])).unwrap().unwrap();
+    assert!(change.departed);
+    assert!(!change.survivors.live.contains(&MemberId(2)));
+    let after = planner.plan();
+    for (old, new) in before.rows.iter().zip(after.rows.iter()) {
+        if id_at(&before, old.owner()) == Some(MemberId(2)) {
+            assert_eq!(
+                id_at(&before, old.backup()),
+                id_at(&after, new.owner()),
+                "the backup is the next owner"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_new_boot_changes_no_row_and_loses_the_flows_all_the_same() {
+    let mut planner = settled();
+    let restarted = member(2, 2, MemberState::Active, Liveness::Alive);
+    let change = planner.set_view(&view(2, vec![active(1), restarted.clone(), active(3)])).unwrap().unwrap();
+    assert_eq!(change.survivors.blank, BTreeSet::from([MemberId(2)]));
+    assert_eq!(change.old.table.changed_rows(&change.new.table).count(), 0);
+    // Another generation of the same boot is the same member with its state.
+    let renewed = MemberView { generation: 9, ..restarted };
+    assert!(planner.set_view(&view(2, vec![active(1), renewed, active(3)])).unwrap().is_none());
+}
+
+#[test]
+fn a_member_that_joins_again_has_lost_what_it_held_before_it_is_active() {
+    let mut planner = settled();
+    let joining = member(2, 2, MemberState::Joining, Liveness::Alive);
+    let change = planner.set_view(&view(2, vec![active(1), joining, active(3)])).unwrap().unwrap();
+    assert!(change.survivors.live.contains(&MemberId(2)));
+    assert!(
+        !change.survivors.keeps_state(MemberId(2)),
+        "else nobody would send what it owned to the new backups"
+    );
+    assert!(change.survivors.keeps_state(MemberId(3)));
+}
+
+#[test]
+fn a_leaving_member_ranks_no_more_and_stays_reachable() {
+    let mut planner = settled();
+    let leaving = member(2, 1, MemberState::Leaving, Liveness::Alive);
+    let change = planner.set_view(&view(2, vec![active(1), leaving, active(3)])).unwrap().unwrap();
+    assert!(change.survivors.keeps_state(MemberId(2)), "it sends its transfer tables itself");
+    let plan = planner.plan();
+    let slot = planner.member_slot(MemberId(2));
+    assert!(plan.rows.iter().all(|row| !row.ranks.contains(&slot)));
+    assert_eq!(plan.members[usize::from(slot.0)].liveness, Liveness::Alive);
+}
+
+fn service(backends: &[u8]) -> ServiceConfig {
+    let lines: String =
+        backends.iter().map(|last| format!("[[service.backend]]\naddress = \"10.0.1.{last}\"\n")).collect();
+    let text = format!(
+        "[member]\nid = 1\naddress = \"10.0.0.1\"\n[cluster]\nname = \"t\"\nkey_file = \"k\"\n\
+         hash_seed = \"00112233445566778899aabbccddeeff\"\n[forwarder]\nkind = \"rawsock\"\ninterfaces = [\"lo\"]\n\
+         [[service]]\nname = \"web\"\naddress = \"192.0.2.1\"\nport = 80\nprotocol = \"tcp\"\nmethod = \"ipip\"\n{lines}"
+    );
+    let config = crate::config::Config::parse(std::path::Path::new("t.toml"), &text, &AnyMachine)
+        .unwrap_or_else(|errors| panic!("{errors:?}"));
+    config.services[0].clone()
+}
+
+struct AnyMachine;
+
+impl crate::config::Environment for AnyMachine {
+    fn interface_exists(&self, _name: &str) -> bool {
+        true
+    }
+
+    fn read_keys(
+        &self,
+        _path: &std::path::Path,
+    ) -> Result<Vec<crate::config::ClusterKey>, crate::keys::KeyFileError> {
+        Ok(vec![crate::config::ClusterKey([1; 32])])
+    }
+}
+
+fn ranked(service: &ServiceConfig) -> Vec<RankedBackend> {
+    service
+        .backends
+        .iter()
+        .map(|backend| RankedBackend { id: service.backend_id(backend), weight: backend.effective_weight() })
+        .collect()
+}
+
+#[test]
+fn slots_that_change_are_unsettled_for_a_while_and_no_others() {
+    let mut planner = settled();
+    let now = Instant::now();
+    let two = service(&[1, 2]);
+    planner.set_services(std::slice::from_ref(&two));
+    planner.set_usable(0, &ranked(&two), now);
+    assert!(planner.settle(now + UNSETTLED));
+    let before = planner.plan().services[0].slots.clone();
+
+    let three = service(&[1, 2, 3]);
+    planner.set_services(std::slice::from_ref(&three));
+    assert!(planner.slots_that_would_change(0, &ranked(&two)).is_none());
+    planner.set_usable(0, &ranked(&three), now);
+    let plan = planner.plan();
+    let unsettled = plan.services[0].unsettled.clone().expect("slots changed");
+    let mut changed = 0;
+    for (slot, (old, new)) in before.iter().zip(plan.services[0].slots.iter()).enumerate() {
+        assert_eq!(old != new, unsettled.contains(slot as u16), "slot {slot}");
+        changed += usize::from(old != new);
+    }
+    assert!((18_000..26_000).contains(&changed), "a third of 65,536 moves to the third backend: {changed}");
+    assert!(!planner.settle(now + UNSETTLED / 2));
+    assert!(planner.settle(now + UNSETTLED));
+    assert!(planner.plan().services[0].unsettled.is_none());
+}
+
+#[test]
+fn backends_keep_their_position_whoever_comes_or_goes() {
+    let mut planner = settled();
+    let now = Instant::now();
+    let two = service(&[1, 2]);
+    planner.set_services(std::slice::from_ref(&two));
+    planner.set_usable(0, &ranked(&two), now);
+    let foreign = BackendId::new([10, 0, 1, 99].into(), Method::IpIp, 0);
+    assert!(planner.register(foreign));
+    assert!(!planner.register(foreign));
+    let before: Vec<BackendId> = planner.plan().backends.iter().map(|backend| backend.id).collect();
+    let other = service(&[3]);
+    planner.set_services(std::slice::from_ref(&other));
+    planner.set_usable(0, &ranked(&other), now);
+    let after: Vec<BackendId> = planner.plan().backends.iter().map(|backend| backend.id).collect();
+    assert_eq!(after[..before.len()], before[..]);
+    assert_eq!(after.len(), before.len() + 1);
+    assert_eq!(planner.destinations().backends.len(), after.len());
+}

@@ -1,0 +1,135 @@
+//! Members that die, stop or come back, with at least a third of the connections held by state alone.
+
+use std::time::Duration;
+
+use phalanx::lab::{Action, LabOptions, Topology};
+use phalanx_flow::Method;
+use phalanx_integration::{at, deviating, lossless_with_a_third_deviating, lossy, site, twin};
+
+/// The number.
+const CONNECTIONS: u32 = 2000;
+/// Where the number is not what counts.
+const FEWER: u32 = 600;
+
+fn one_of_three_killed() -> LabOptions {
+    site(CONNECTIONS, &deviating(&[at(2.0, Action::Kill(2))]))
+}
+
+fn routed(options: LabOptions, method: Method) -> LabOptions {
+    LabOptions { topology: Topology::Routed, method: Some(method), ..options }
+}
+
+#[test]
+fn one_of_three_members_killed_breaks_nothing_on_a_lan() {
+    lossless_with_a_third_deviating(one_of_three_killed());
+}
+
+#[test]
+fn one_of_three_members_killed_breaks_connections_without_replication_on_a_lan() {
+    lossy(twin(one_of_three_killed()));
+}
+
+#[test]
+fn one_of_three_members_killed_breaks_nothing_over_ipip() {
+    lossless_with_a_third_deviating(routed(one_of_three_killed(), Method::IpIp));
+}
+
+#[test]
+fn one_of_three_members_killed_breaks_connections_without_replication_over_ipip() {
+    lossy(twin(routed(one_of_three_killed(), Method::IpIp)));
+}
+
+#[test]
+fn one_of_three_members_killed_breaks_nothing_over_gue() {
+    lossless_with_a_third_deviating(routed(one_of_three_killed(), Method::Gue));
+}
+
+/// The second dies when the first has been confirmed down (2 s) and its flows have new backups.
+fn two_of_four_killed() -> LabOptions {
+    let events = deviating(&[at(2.0, Action::Kill(2)), at(7.0, Action::Kill(3))]);
+    LabOptions { members: 4, ..site(CONNECTIONS, &events) }
+}
+
+#[test]
+fn two_of_four_members_killed_five_seconds_apart_break_nothing_on_a_lan() {
+    lossless_with_a_third_deviating(two_of_four_killed());
+}
+
+#[test]
+fn two_of_four_members_killed_five_seconds_apart_break_connections_without_replication() {
+    lossy(twin(two_of_four_killed()));
+}
+
+#[test]
+fn two_of_four_members_killed_five_seconds_apart_break_nothing_over_ipip() {
+    lossless_with_a_third_deviating(routed(two_of_four_killed(), Method::IpIp));
+}
+
+/// The host and its links die too: nothing answers in its place, not even with an ICMP error.
+fn one_of_three_crashed() -> LabOptions {
+    site(FEWER, &deviating(&[at(2.0, Action::Crash(2))]))
+}
+
+#[test]
+fn a_crashed_host_breaks_nothing() {
+    lossless_with_a_third_deviating(routed(one_of_three_crashed(), Method::IpIp));
+}
+
+#[test]
+fn a_crashed_host_breaks_connections_without_replication() {
+    lossy(twin(routed(one_of_three_crashed(), Method::IpIp)));
+}
+
+fn backend_drained_at_the_moment_of_a_death() -> LabOptions {
+    let moment = 2.0;
+    site(FEWER, &deviating(&[at(moment, Action::DrainBackend(2)), at(moment, Action::Kill(2))]))
+}
+
+#[test]
+fn a_backend_drained_at_the_moment_a_member_dies_breaks_nothing() {
+    lossless_with_a_third_deviating(backend_drained_at_the_moment_of_a_death());
+}
+
+#[test]
+fn a_backend_drained_at_the_moment_a_member_dies_breaks_connections_without_replication() {
+    lossy(twin(backend_drained_at_the_moment_of_a_death()));
+}
+
+fn one_stopped_for_five_seconds() -> LabOptions {
+    let pause = Duration::from_secs(5);
+    let options = site(FEWER, &deviating(&[at(2.0, Action::Pause(2, pause))]));
+    LabOptions { duration: options.duration.map(|duration| duration + pause), ..options }
+}
+
+#[test]
+fn a_member_stopped_for_five_seconds_and_back_breaks_nothing() {
+    lossless_with_a_third_deviating(one_stopped_for_five_seconds());
+}
+
+#[test]
+fn a_member_stopped_for_five_seconds_and_back_breaks_connections_without_replication() {
+    lossy(twin(one_stopped_for_five_seconds()));
+}
+
+fn one_restarted_at_once() -> LabOptions {
+    site(FEWER, &deviating(&[at(2.0, Action::Restart(2))]))
+}
+
+#[test]
+fn a_member_restarted_at_once_with_the_same_id_breaks_nothing() {
+    lossless_with_a_third_deviating(one_restarted_at_once());
+}
+
+#[test]
+fn a_member_restarted_at_once_with_the_same_id_breaks_connections_without_replication() {
+    lossy(twin(one_restarted_at_once()));
+}
+
+/// The instrument: a backend's death is nothing a load balancer of the fourth layer can hide.
+#[test]
+fn a_backend_cut_off_breaks_its_connections_and_is_seen() {
+    let options = LabOptions { short_rate: 0, ..site(60, &[at(0.5, Action::CrashBackend(1))]) };
+    // A connection without progress is given up after 30 s.
+    let report = lossy(LabOptions { duration: Some(Duration::from_secs(32)), ..options });
+    assert!(report.broken < 60, "the other two backends' connections live");
+}

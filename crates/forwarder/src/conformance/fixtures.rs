@@ -19,7 +19,7 @@ use phalanx_flow::packet::{Link, PacketKind, parse};
 use phalanx_flow::{FlowFlags, FlowKey, FlowState, Record};
 
 use super::frames::{COOKIE, frame, hex, unhex};
-use super::world::{HANDOFF_PORT, World, backends};
+use super::world::{HANDOFF_PORT, World, backends, ip};
 use super::{Emitted, Harness, Start};
 use crate::counters::{Counters, Drop, OUTCOME_NAMES};
 use crate::engine::TableLimits;
@@ -92,6 +92,13 @@ pub fn write(preface: &str, cases: &[Case]) -> String {
     text
 }
 
+/// Flows that leave no share of a table of one flow empty, however it is cut into shares.
+const FILL: u16 = 4096;
+
+fn other_flow(port: u16) -> FlowKey {
+    FlowKey::new(6, (ip("10.9.0.77"), port), (ip("192.0.2.1"), 80)).expect("one family")
+}
+
 /// Runs a case on a forwarder, and returns it with what happened in the place of what was expected.
 ///
 /// # Panics
@@ -106,7 +113,10 @@ pub fn play(case: &Case, start: &mut Start<'_>) -> Case {
     let subject = input.iter().find_map(|bytes| flow_of(bytes));
     for word in case.with.split(' ').filter(|word| !word.is_empty()) {
         let (name, value) = word.split_once('=').unwrap_or((word, ""));
-        let ids = || value.split(',').map(|id| id.parse().expect("a member id")).collect::<Vec<u32>>();
+        let ids = || -> Vec<u32> {
+            let ids = value.split(',').filter(|id| !id.is_empty());
+            ids.map(|id| id.parse().expect("a member id")).collect()
+        };
         match name {
             "row" => world.row = ids(),
             "previous" => world.previous = Some(ids()),
@@ -119,7 +129,10 @@ pub fn play(case: &Case, start: &mut Start<'_>) -> Case {
             "fragment-hand-offs" => world.fragment_hand_offs = true,
             "unresolved" => world.resolved = false,
             "no-lease" => leased = false,
-            "full" => limits.flows = 0,
+            "full" => {
+                limits.flows = 1;
+                records.extend((1..=FILL).map(|port| record(other_flow(port), "established@0")));
+            }
             "flow" => records.push(record(subject.expect("a flow"), value)),
             "cache" => cached.push(record(subject.expect("a flow"), value)),
             other => panic!("unknown condition {other:?}"),

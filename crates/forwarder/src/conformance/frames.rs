@@ -5,9 +5,9 @@
 //! [vlan=ID]            ip6 SRC>DST [ttl=N] [hbh] [route] [dst] [id=N at=BYTES more] TRANSPORT
 //! TRANSPORT: tcp SPORT>DPORT FLAGS [len=N]     FLAGS out of SAFRPUEC
 //!            udp SPORT>DPORT [len=N]
-//!            icmp TYPE CODE [rest=N] [len=N] [{ip packet that is quoted}]
+//!            icmp TYPE CODE [rest=N] [len=N] [quote=BYTES] [{ip packet that is quoted}]
 //!            proto=N [len=N]
-//!            payload [len=N]                   what a later fragment has
+//!            payload [len=N] [of=PROTOCOL]     what a later fragment has; of UDP unless it says otherwise
 //!            handoff PORT [hops=N] [cookie=N] [bypassed=ID] [ports=S,D] [echo=TOKEN | reply=TOKEN] [{ip packet}]
 //! at the end: [cut=BYTES] [pad=BYTES] [poke=OFFSET:HEX] of the whole frame
 //! ```
@@ -229,7 +229,10 @@ fn transport(words: &mut Words<'_>, source: IpAddr, destination: IpAddr) -> (u8,
             let mut body = vec![kind, code, 0, 0];
             body.extend(rest.to_be_bytes());
             body.extend(filler(words));
-            body.extend(words.nested().map(|inner| ip_packet(&inner)).unwrap_or_default());
+            let quoted = words.option(&["quote"]).map_or(usize::MAX, |(_, value)| number(value) as usize);
+            let mut inner = words.nested().map(|inner| ip_packet(&inner)).unwrap_or_default();
+            inner.truncate(quoted);
+            body.extend(inner);
             body.extend(filler(words));
             (if v4 { ICMP } else { ICMPV6 }, body, Some(2))
         }

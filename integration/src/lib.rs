@@ -32,7 +32,7 @@ pub fn program() -> PathBuf {
 /// Runs for `after` beyond the last event.
 pub fn site(connections: u32, events: &[Event]) -> LabOptions {
     /// Enough to suspect (0.8 s), confirm (2 s), and move what is to be moved on a busy machine.
-    const AFTER_LAST: Duration = Duration::from_secs(6);
+    const AFTER_LAST: Duration = Duration::from_secs(4);
     let last = events.iter().map(|event| event.at).max().unwrap_or_default();
     let keep = std::env::var_os("PHALANX_KEEP").map(|directory| {
         let test = std::thread::current().name().unwrap_or("main").replace("::", "-");

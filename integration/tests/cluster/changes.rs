@@ -11,11 +11,6 @@ fn join_one() -> LabOptions {
 
 #[test]
 fn a_member_that_joins_breaks_nothing() {
-    lossless_with_a_third_deviating(join_one());
-}
-
-#[test]
-fn a_member_that_joins_over_routers_breaks_nothing() {
     lossless_with_a_third_deviating(LabOptions { topology: Topology::Routed, ..join_one() });
 }
 

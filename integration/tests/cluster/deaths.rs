@@ -112,7 +112,12 @@ fn a_member_stopped_for_five_seconds_and_back_breaks_connections_without_replica
 }
 
 fn one_restarted_at_once() -> LabOptions {
-    site(FEWER, &deviating(&[at(2.0, Action::Restart(2))]))
+    LabOptions {
+        // Longer than a busy machine may keep the others from answering: a member that starts a cluster of its own over there has
+        // nobody to ask, and what deviates is lost.
+        cluster_lines: "bootstrap_wait = \"5s\"".to_owned(),
+        ..site(FEWER, &deviating(&[at(2.0, Action::Restart(2))]))
+    }
 }
 
 #[test]
@@ -123,13 +128,4 @@ fn a_member_restarted_at_once_with_the_same_id_breaks_nothing() {
 #[test]
 fn a_member_restarted_at_once_with_the_same_id_breaks_connections_without_replication() {
     lossy(twin(one_restarted_at_once()));
-}
-
-/// The instrument: a backend's death is nothing a load balancer of the fourth layer can hide.
-#[test]
-fn a_backend_cut_off_breaks_its_connections_and_is_seen() {
-    let options = LabOptions { short_rate: 0, ..site(60, &[at(0.5, Action::CrashBackend(1))]) };
-    // A connection without progress is given up after 30 s.
-    let report = lossy(LabOptions { duration: Some(Duration::from_secs(32)), ..options });
-    assert!(report.broken < 60, "the other two backends' connections live");
 }

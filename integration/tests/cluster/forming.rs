@@ -23,11 +23,12 @@ fn start(members: u32, topology: Topology) -> (Lab, tempfile::TempDir) {
     };
     let mut lab = Lab::new(options).expect("a site");
     lab.start_members().expect("a cluster");
+    poll_until(&mut lab, Duration::from_secs(5), "one view", |lab| agree(lab, members as usize));
     (lab, keep)
 }
 
 /// What member `number` (from 1) says of the members.
-fn members(lab: &Lab, number: usize) -> Option<Value> {
+fn said_by(lab: &Lab, number: usize) -> Option<Value> {
     let netns = &lab.world().members[number - 1].netns;
     let (status, body) = metrics::get(netns, "/v1/members").ok()?;
     (status == 200).then(|| serde_json::from_str(&body).expect("JSON"))
@@ -42,7 +43,7 @@ fn sample(lab: &Lab, number: usize, name: &str) -> f64 {
 fn agree(lab: &Lab, count: usize) -> bool {
     let mut views = BTreeSet::new();
     for number in 1..=count {
-        let Some(said) = members(lab, number) else { return false };
+        let Some(said) = said_by(lab, number) else { return false };
         let listed = said["members"].as_array().expect("members");
         let active =
             listed.iter().filter(|member| member["state"] == "active" && member["liveness"] == "alive");
@@ -59,14 +60,13 @@ fn three_members_started_at_the_same_moment_form_one_cluster() {
     for round in 0..3 {
         let begin = Instant::now();
         let (mut lab, _keep) = start(3, if round == 0 { Topology::Routed } else { Topology::Lan });
-        poll_until(&mut lab, Duration::from_secs(5), "one view", |lab| agree(lab, 3));
         println!("round {round}: one cluster after {:?}", begin.elapsed());
         // It stays one.
         let until = Instant::now() + Duration::from_secs(1);
         while Instant::now() < until {
             lab.poll().expect("poll");
             sleep(Duration::from_millis(100));
-            assert!(agree(&lab, 3), "{:?}", members(&lab, 1));
+            assert!(agree(&lab, 3), "{:?}", said_by(&lab, 1));
         }
         assert_eq!(lab.problems(), [""; 0]);
     }
@@ -118,7 +118,7 @@ fn a_joiner_with_other_backends_is_let_in_with_a_warning() {
     lab.carry_out(Action::Join(Some(4))).expect("start");
     poll_until(&mut lab, Duration::from_secs(10), "four members", |lab| agree(lab, 4));
     let warns = |lab: &Lab| {
-        let said = members(lab, 1).expect("an answer");
+        let said = said_by(lab, 1).expect("an answer");
         said["warnings"]
             .as_array()
             .expect("warnings")
@@ -140,7 +140,7 @@ fn a_member_with_another_key_is_not_let_in_and_its_datagrams_are_counted() {
         sample(lab, 1, "phalanx_gossip_dropped_total{reason=\"foreign\"}") > before
     });
     sleep(Duration::from_secs(1));
-    assert!(agree(&lab, 3), "{:?}", members(&lab, 1));
+    assert!(agree(&lab, 3), "{:?}", said_by(&lab, 1));
 }
 
 #[test]
@@ -176,7 +176,7 @@ fn what_is_not_ours_is_dropped_and_counted_and_harms_nobody() {
     poll_until(&mut lab, Duration::from_secs(5), "counted datagrams", |lab| {
         dropped(lab) > before + 100.0 && handoffs(lab) > handoffs_before + 50.0
     });
-    assert!(agree(&lab, 3), "{:?}", members(&lab, 1));
+    assert!(agree(&lab, 3), "{:?}", said_by(&lab, 1));
     assert_eq!(lab.problems(), [""; 0]);
 }
 
@@ -190,13 +190,12 @@ fn a_configuration_that_went_bad_is_refused_on_reload_and_the_old_one_stays() {
     poll_until(&mut lab, Duration::from_secs(5), "a refused reload", |lab| reloads(lab, "refused") > 0.5);
     assert!(reloads(&lab, "done") < 0.5);
     assert!(agree(&lab, 3));
-    // What cannot change while the member runs is refused too; what can is taken.
     configuration(keep.path(), 1, "weight = -1", "weight = 50");
     lab.carry_out(Action::Reload(Some(1))).expect("SIGHUP");
     poll_until(&mut lab, Duration::from_secs(10), "a reload", |lab| reloads(lab, "done") > 0.5);
     poll_until(&mut lab, Duration::from_secs(10), "half the weight everywhere", |lab| {
         (1..=3).all(|number| {
-            members(lab, number).is_some_and(|said| said["members"][0]["weight"] == 50) && agree(lab, 3)
+            said_by(lab, number).is_some_and(|said| said["members"][0]["weight"] == 50) && agree(lab, 3)
         })
     });
 }

@@ -406,14 +406,19 @@ impl Config {
     }
 
     /// The sections and fields in which `new` differs and that a reload (SIGHUP) cannot change: everything but services, their
-    /// backends and the weight of the member.
+    /// backends, the weight of the member, and the cluster keys.
     pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
         let (old_member, new_member) =
             (self.member.clone(), MemberConfig { weight: self.member.weight, ..new.member.clone() });
+        let new_cluster = ClusterConfig {
+            keys: self.cluster.keys.clone(),
+            key_file: self.cluster.key_file.clone(),
+            ..new.cluster.clone()
+        };
         let mut fields = Vec::new();
         for (same, field) in [
             (old_member == new_member, "[member]"),
-            (self.cluster == new.cluster, "[cluster]"),
+            (self.cluster == new_cluster, "[cluster]"),
             (self.forwarder == new.forwarder, "[forwarder]"),
             (self.admin == new.admin, "[admin]"),
             (self.log == new.log, "[log]"),

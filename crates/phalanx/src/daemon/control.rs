@@ -17,7 +17,7 @@ use phalanx_flow::member::Liveness;
 use phalanx_flow::slots::RankedBackend;
 use phalanx_flow::{BackendId, FlowEvent, FlowEventKind, FlowKey, FlowState, MemberId, Record};
 use phalanx_forwarder::{Forwarder, RowSet, Upserted};
-use phalanx_membership::{Event as MemberEvent, MemberState, Metadata, View, Warning};
+use phalanx_membership::{Event as MemberEvent, KeyRing, MemberState, Metadata, View, Warning};
 use phalanx_rebalancer::{
     Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, Policy, Ranking, Replicator,
     ViewInput, changed_rows, former_entries, plan, plan_cache_offers, plan_refill,
@@ -641,7 +641,7 @@ impl Control {
     }
 
     fn reload(&mut self, config: Config) {
-        let fixed = super::fixed_fields_that_differ(&self.config, &config);
+        let fixed = self.config.needs_restart(&config);
         if !fixed.is_empty() {
             tracing::warn!(
                 "the new configuration changes {}: that takes a restart of this member; everything else is in force",
@@ -653,10 +653,19 @@ impl Control {
         }
         self.config.services = config.services;
         self.config.member.weight = config.member.weight;
-        self.config.cluster.transfer_rate = config.cluster.transfer_rate;
         self.planner.set_services(&self.config.services);
         self.update_backends();
-        self.membership.command(Command::Shared(super::shared_digests(&self.config)));
+        self.membership.command(Command::Shared(self.config.cluster_digests().shared()));
+        match KeyRing::new(config.cluster.keys.iter().map(|key| key.0).collect()) {
+            Ok(keys) => {
+                // Gossip first: it opens with every key of the file, so the order among members does not matter.
+                self.membership.command(Command::Keys(keys.clone()));
+                self.planner.set_keys(&keys);
+                self.install();
+                self.config.cluster.keys = config.cluster.keys;
+            }
+            Err(error) => tracing::error!("the keys stay as they were: cluster.key_file: {error}"),
+        }
         self.publish_metadata();
         self.state.counters.reloads += 1;
         tracing::info!(services = self.config.services.len(), "configuration reloaded");

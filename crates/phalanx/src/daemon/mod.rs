@@ -206,61 +206,10 @@ fn membership_config(config: &Config, keys: KeyRing, metadata: Metadata) -> Memb
             Profile::Wan => Timing::wan(),
         },
         metadata,
-        shared: shared_digests(config),
+        shared: config.cluster_digests().shared(),
         bootstrap_wait: config.cluster.bootstrap_wait,
         ..MembershipConfig::new(config.member.id, config.gossip_address(), keys)
     }
-}
-
-/// What must be equal everywhere, as the gossip carries it.
-fn shared_digests(config: &Config) -> phalanx_membership::Shared {
-    let digests = config.cluster_digests();
-    let of = |names: &[&str]| {
-        let mut bytes = Vec::new();
-        for field in digests.must_match.iter().filter(|field| names.contains(&field.name)) {
-            bytes.extend_from_slice(&field.digest.to_be_bytes());
-        }
-        Digest::of(&bytes)
-    };
-    phalanx_membership::Shared {
-        hash_seed: of(&["cluster.hash_seed"]),
-        scoring: of(&["cluster.scoring"]),
-        backup_site: of(&["cluster.backup_site"]),
-        handoff_port: of(&["cluster.handoff_port"]),
-        rows: of(&["rows"]),
-        services: of(&["service"]),
-    }
-}
-
-/// The fields that differ between two configurations and that only a restart brings into force.
-fn fixed_fields_that_differ(old: &Config, new: &Config) -> Vec<&'static str> {
-    let mut fields = Vec::new();
-    let mut compare = |name, same: bool| {
-        if !same {
-            fields.push(name);
-        }
-    };
-    compare("member.id", old.member.id == new.member.id);
-    compare("member.address", old.member.address == new.member.address);
-    compare("member.site", old.member.site == new.member.site);
-    compare("member.cache", old.member.cache == new.member.cache);
-    compare("member.seeds", old.member.seeds == new.member.seeds);
-    compare("cluster.name", old.cluster.name == new.cluster.name);
-    compare("cluster.hash_seed", old.cluster.hash_seed == new.cluster.hash_seed);
-    compare("cluster.scoring", old.cluster.scoring == new.cluster.scoring);
-    compare("cluster.profile", old.cluster.profile == new.cluster.profile);
-    compare("cluster.gossip_port", old.cluster.gossip_port == new.cluster.gossip_port);
-    compare("cluster.transfer_port", old.cluster.transfer_port == new.cluster.transfer_port);
-    compare("cluster.handoff_port", old.cluster.handoff_port == new.cluster.handoff_port);
-    compare("cluster.handoff_fragment", old.cluster.handoff_fragment == new.cluster.handoff_fragment);
-    compare("cluster.backup_site", old.cluster.backup_site == new.cluster.backup_site);
-    compare("cluster.replication", old.cluster.replication == new.cluster.replication);
-    compare("cluster.replicate", old.cluster.replicate == new.cluster.replicate);
-    compare("cluster.transfer_rate", old.cluster.transfer_rate == new.cluster.transfer_rate);
-    compare("forwarder", old.forwarder == new.forwarder);
-    compare("admin", old.admin == new.admin);
-    compare("log", old.log == new.log);
-    fields
 }
 
 fn first_status(config: &Config, planner: &Planner) -> Status {

@@ -12,7 +12,7 @@ use phalanx_flow::slots::{BackendTable, RankedBackend};
 use phalanx_flow::table::{BackupSite, RankedMember, RankingError, RowTable};
 use phalanx_flow::{BackendId, BackendIndex, FlowKey, FlowSeed, MemberId, MemberSlot, Row, flow_hash};
 use phalanx_forwarder::{Handoff, Plan, PlanBackend, PlanMember, PlanService, SlotSet};
-use phalanx_membership::View;
+use phalanx_membership::{KeyRing, View};
 use phalanx_rebalancer::{Ranking, Survivors};
 use siphasher::sip::SipHasher24;
 
@@ -192,6 +192,13 @@ impl Planner {
             survivors
         };
         Ok(Some(TableChange { old, new: Arc::clone(&self.current), survivors, departed }))
+    }
+
+    /// Takes the cookies of hand-offs from the cluster keys: the first to send, the second accepted besides.
+    pub fn set_keys(&mut self, keys: &KeyRing) {
+        let mut cookies = keys.cookies();
+        self.fixed.handoff.cookie = cookies.next().unwrap_or_default();
+        self.fixed.handoff.old_cookie = cookies.next();
     }
 
     /// Ends the handover window.

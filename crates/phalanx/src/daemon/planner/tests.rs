@@ -70,6 +70,18 @@ fn a_newcomer_takes_the_table_of_the_others_for_the_one_before() {
 }
 
 #[test]
+fn rotated_keys_reach_the_next_plan() {
+    let mut planner = settled();
+    let before = planner.plan().handoff.cookie;
+    let keys = KeyRing::new(vec![[2; 32], [1; 32]]).unwrap();
+    planner.set_keys(&keys);
+    let handoff = planner.plan().handoff;
+    let cookies: Vec<u64> = keys.cookies().collect();
+    assert_eq!((handoff.cookie, handoff.old_cookie), (cookies[0], Some(cookies[1])));
+    assert_ne!(handoff.cookie, before);
+}
+
+#[test]
 fn a_member_alone_has_nobody_before_it() {
     let mut planner = Planner::new(fixed(1)).unwrap();
     planner.set_view(&view(1, vec![active(1)])).unwrap().unwrap();

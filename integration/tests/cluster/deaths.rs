@@ -75,11 +75,6 @@ fn a_crashed_host_breaks_nothing() {
     lossless_with_a_third_deviating(routed(one_of_three_crashed(), Method::IpIp));
 }
 
-#[test]
-fn a_crashed_host_breaks_connections_without_replication() {
-    lossy(twin(routed(one_of_three_crashed(), Method::IpIp)));
-}
-
 fn backend_drained_at_the_moment_of_a_death() -> LabOptions {
     let moment = 2.0;
     site(FEWER, &deviating(&[at(moment, Action::DrainBackend(2)), at(moment, Action::Kill(2))]))

@@ -9,7 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use phalanx::lab::netns::Netns;
-use phalanx::lab::{Action, Lab, LabOptions, Topology};
+use phalanx::lab::{Action, Lab, LabOptions};
 use phalanx_integration::{at, site};
 use serde_json::Value;
 
@@ -235,11 +235,6 @@ fn assert_whole(outcome: &Outcome) {
 #[test]
 fn nginx_and_wrk_notice_nothing_of_a_death_on_a_lan() {
     assert_whole(&run(killed()));
-}
-
-#[test]
-fn nginx_and_wrk_notice_nothing_of_a_death_over_ipip() {
-    assert_whole(&run(LabOptions { topology: Topology::Routed, ..killed() }));
 }
 
 #[test]

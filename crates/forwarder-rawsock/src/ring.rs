@@ -28,6 +28,9 @@ const RESERVE: usize = HEADROOM + 32;
 pub(crate) const VNET_HEADER: usize = 10;
 const NEEDS_CHECKSUM: u8 = 1;
 
+/// How many frames earlier a frame is looked at: long enough for memory to answer, few enough for the processor to keep in mind.
+const AHEAD: usize = 8;
+
 /// The packet header of V3, before the frame's reserve.
 const FRAME_HEADER: usize = size_of::<libc::tpacket3_hdr>();
 
@@ -148,11 +151,20 @@ impl Block<'_> {
         unsafe { (*self.header()).num_pkts as usize }
     }
 
-    /// Shows every frame, in the order they came; `None` for one that did not fit.
-    pub(crate) fn for_each(&mut self, mut show: impl FnMut(Option<Received<'_>>)) {
+    /// Shows every frame, in the order they came; `None` for one that did not fit. Each is first shown to `foresee`, [`AHEAD`] earlier.
+    pub(crate) fn for_each(
+        &mut self,
+        mut foresee: impl FnMut(&[u8]),
+        mut show: impl FnMut(Option<Received<'_>>),
+    ) {
         // SAFETY: as in `len`.
         let mut offset = unsafe { (*self.header()).offset_to_first_pkt as usize };
+        let mut ahead = Some(offset);
+        for _ in 0..AHEAD.min(self.len()) {
+            ahead = ahead.and_then(|offset| self.look_at(offset, &mut foresee));
+        }
         for _ in 0..self.len() {
+            ahead = ahead.and_then(|offset| self.look_at(offset, &mut foresee));
             if offset + FRAME_HEADER > BLOCK_BYTES {
                 return;
             }
@@ -184,6 +196,26 @@ impl Block<'_> {
             }
             offset += header.tp_next_offset as usize;
         }
+    }
+}
+
+impl Block<'_> {
+    /// Shows the frame at `offset`, as it is, and says where the next one is.
+    #[inline]
+    fn look_at(&self, offset: usize, show: &mut impl FnMut(&[u8])) -> Option<usize> {
+        if offset + FRAME_HEADER > BLOCK_BYTES {
+            return None;
+        }
+        // SAFETY: the header lies within the block, which is ours; the kernel aligns it to 16 bytes.
+        let header = unsafe { self.start.add(offset).cast::<libc::tpacket3_hdr>().read() };
+        let start = offset + usize::from(header.tp_mac);
+        let length = header.tp_snaplen as usize;
+        if start + length > BLOCK_BYTES {
+            return None;
+        }
+        // SAFETY: within the block, which is ours; nobody else has a reference to this frame's bytes meanwhile.
+        show(unsafe { std::slice::from_raw_parts(self.start.add(start).as_ptr(), length) });
+        (header.tp_next_offset != 0).then(|| offset + header.tp_next_offset as usize)
     }
 }
 

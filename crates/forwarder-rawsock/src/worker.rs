@@ -152,26 +152,31 @@ fn work_off(
     mut output: Output<'_>,
 ) {
     let mut batch = engine.batch();
+    // Fixed for the life of a cluster.
+    let seed = batch.plan().plan.seed;
     let mut worked = 0;
-    block.for_each(|received| {
-        if worked == BATCH {
-            batch = engine.batch();
-            worked = 0;
-        }
-        worked += 1;
-        match received {
-            Some(mut received) => rewrite::process(
-                &batch,
-                scratch,
-                &mut received.frame,
-                Link::Ethernet,
-                interface,
-                received.offload,
-                &mut output,
-            ),
-            None => engine.counters.count_drop(Reason::Malformed),
-        }
-    });
+    block.for_each(
+        |frame| engine.foresee(seed, frame),
+        |received| {
+            if worked == BATCH {
+                batch = engine.batch();
+                worked = 0;
+            }
+            worked += 1;
+            match received {
+                Some(mut received) => rewrite::process(
+                    &batch,
+                    scratch,
+                    &mut received.frame,
+                    Link::Ethernet,
+                    interface,
+                    received.offload,
+                    &mut output,
+                ),
+                None => engine.counters.count_drop(Reason::Malformed),
+            }
+        },
+    );
 }
 
 /// Where one thread's frames go.

@@ -3,6 +3,7 @@
 //! [`Batch::rule`] parses nothing and sends nothing: it asks [`decide`] and carries the decision out on the flow table;
 //! [`Batch::target`] says where the packet goes, and [`crate::rewrite`] makes it go there.
 
+mod ahead;
 mod held;
 mod table;
 #[cfg(test)]

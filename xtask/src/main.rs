@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 
+mod ebpf;
 mod membership;
 mod picture;
 mod tidy;
@@ -33,6 +34,12 @@ enum Task {
         /// Also an hour of a hundred members, and the WAN profile: some 40 minutes.
         #[arg(long)]
         long: bool,
+    },
+    /// Build, check or show the program that the kernel runs.
+    Ebpf {
+        /// What to do.
+        #[command(subcommand)]
+        task: ebpf::Task,
     },
     /// Run a benchmark.
     Bench {
@@ -80,6 +87,7 @@ fn run(task: &Task) -> Result<()> {
             if *no_features { Ok(()) } else { features(&root) }
         }
         Task::Features => features(&root),
+        Task::Ebpf { task } => ebpf::run(*task, &root),
         Task::Membership { long } => membership::run(&root, *long),
         Task::Bench { which, arguments } => bench(&root, *which, arguments),
         Task::Picture { run, twin } => picture::run(&root, run.as_deref().zip(twin.as_deref())),

@@ -236,21 +236,47 @@ const NO_ENTRY: FlowEntry = FlowEntry {
 };
 
 impl Decision {
+    /// To the kernel, nothing recorded: what [`decide_into`] starts from.
+    pub const PASS: Self = Self {
+        verdict: Verdict::Pass,
+        outcome: Outcome::Passed,
+        key: FlowKey {
+            source: [0; 16],
+            destination: [0; 16],
+            source_port: [0; 2],
+            destination_port: [0; 2],
+            protocol: 0,
+            family: 0,
+            reserved: [0; 2],
+        },
+        hash: 0,
+        service: u32::MAX,
+        action: Action::Keep,
+        entry: NO_ENTRY,
+        event: None,
+        at_once: false,
+        erase_cache: false,
+        learn_fragment: false,
+    };
+
+    /// Back to [`Self::PASS`] for another packet. The entry stays what it was: it counts only where something sets it.
     #[inline(always)]
-    const fn plain(key: FlowKey, verdict: Verdict, outcome: Outcome) -> Self {
-        Self {
-            verdict,
-            outcome,
-            key,
-            hash: 0,
-            service: u32::MAX,
-            action: Action::Keep,
-            entry: NO_ENTRY,
-            event: None,
-            at_once: false,
-            erase_cache: false,
-            learn_fragment: false,
-        }
+    fn restart(&mut self, key: &FlowKey) {
+        self.key = *key;
+        self.hash = 0;
+        self.service = u32::MAX;
+        self.action = Action::Keep;
+        self.event = None;
+        self.at_once = false;
+        self.erase_cache = false;
+        self.learn_fragment = false;
+        self.end(Verdict::Pass, Outcome::Passed);
+    }
+
+    #[inline(always)]
+    const fn end(&mut self, verdict: Verdict, outcome: Outcome) {
+        self.verdict = verdict;
+        self.outcome = outcome;
     }
 }
 
@@ -369,97 +395,95 @@ impl Roles {
 /// Decides what happens to one packet. See the module's doc; the steps are those of design §4.
 #[inline(always)]
 pub fn decide<T: Tables>(packet: &Packet, arrival: &Arrival, tables: &T) -> Decision {
+    let mut decision = Decision::PASS;
+    decide_into(&mut decision, packet, arrival, tables);
+    decision
+}
+
+/// [`decide`] into memory of the caller's, whatever it held before: a decision is too large to be moved about on the eBPF stack.
+/// [`Decision::entry`] is meaningless unless an action or an event says otherwise.
+#[inline(always)]
+pub fn decide_into<T: Tables>(decision: &mut Decision, packet: &Packet, arrival: &Arrival, tables: &T) {
     // Step 1: is it ours?
-    let mut key = packet.key;
+    decision.restart(&packet.key);
     let mut arrival = *arrival;
-    let mut learn_fragment = false;
     let local = tables.local();
 
     if matches!(packet.kind, PacketKind::NeighbourDiscovery) {
-        return Decision::plain(key, Verdict::Pass, Outcome::Passed);
+        return;
     }
-    if let Some(fragment_key) = packet.fragment_key()
+    if !matches!(packet.fragment, Fragment::Whole)
         && !matches!(packet.kind, PacketKind::IcmpError)
+        && !fragment_ports(decision, packet, &mut arrival, tables, local)
     {
-        if matches!(tables.service(&key), ServiceMatch::Foreign) {
-            return Decision::plain(key, Verdict::Pass, Outcome::Passed);
-        }
-        match fragment_ports(packet, &fragment_key, &mut arrival, tables, local) {
-            FragmentStep::Known { ports, learn } => {
-                key.source_port = ports[0];
-                key.destination_port = ports[1];
-                arrival.ports = Some(ports);
-                learn_fragment = learn;
-            }
-            FragmentStep::Elsewhere(decision) => return decision,
-        }
+        return;
     }
 
-    let service = match tables.service(&key) {
-        ServiceMatch::Foreign => return Decision::plain(key, Verdict::Pass, Outcome::Passed),
+    let service = match tables.service(&decision.key) {
+        ServiceMatch::Foreign => return,
         ServiceMatch::AddressOnly => {
+            decision.learn_fragment = false;
             return match packet.kind {
-                PacketKind::EchoRequest => Decision::plain(key, Verdict::EchoReply, Outcome::Echo),
+                PacketKind::EchoRequest => decision.end(Verdict::EchoReply, Outcome::Echo),
                 PacketKind::Other | PacketKind::LaterFragment => {
-                    Decision::plain(key, Verdict::Drop(DropReason::Protocol), Outcome::Dropped)
+                    decision.end(Verdict::Drop(DropReason::Protocol), Outcome::Dropped);
                 }
-                _ => Decision::plain(key, Verdict::Drop(DropReason::NoService), Outcome::Dropped),
+                _ => decision.end(Verdict::Drop(DropReason::NoService), Outcome::Dropped),
             };
         }
         ServiceMatch::Service(service) => service,
     };
 
-    let hash = flow_hash(local.seed, &key);
-    let roles = Roles::new(tables, local, &key, hash, &arrival);
-    let mut decision = Decision::plain(key, Verdict::Drop(DropReason::NoBackend), Outcome::Dropped);
-    decision.hash = hash;
+    decision.hash = flow_hash(local.seed, &decision.key);
+    let roles = Roles::new(tables, local, &decision.key, decision.hash, &arrival);
     decision.service = service.index;
-    decision.learn_fragment = learn_fragment;
 
     match packet.kind {
-        PacketKind::TcpSyn => syn(&mut decision, &roles, &arrival, tables, &service),
-        PacketKind::IcmpError => icmp_error(&mut decision, &roles, &arrival, tables, &service),
-        _ => other(&mut decision, packet, &roles, &arrival, tables, &service),
+        PacketKind::TcpSyn => syn(decision, &roles, &arrival, tables, &service),
+        PacketKind::IcmpError => icmp_error(decision, &roles, &arrival, tables, &service),
+        _ => other(decision, packet, &roles, &arrival, tables, &service),
     }
-    decision
-}
-
-enum FragmentStep {
-    Known { ports: [[u8; 2]; 2], learn: bool },
-    Elsewhere(Decision),
 }
 
 /// All fragments of a packet meet at the owner of row hash(src, dst, protocol, id), who learns the ports from the first one.
+///
+/// Whether the ports are known, and stand in the decision's key; if not, the decision is made.
 #[inline(always)]
 fn fragment_ports<T: Tables>(
+    decision: &mut Decision,
     packet: &Packet,
-    fragment_key: &FlowKey,
     arrival: &mut Arrival,
     tables: &T,
     local: Local,
-) -> FragmentStep {
-    if let Some(ports) = arrival.ports {
-        return FragmentStep::Known { ports, learn: false };
+) -> bool {
+    let Some(fragment_key) = packet.fragment_key() else { return true };
+    if matches!(tables.service(&decision.key), ServiceMatch::Foreign) {
+        return false;
     }
-    let hash = flow_hash(local.seed, fragment_key);
-    let roles = Roles::new(tables, local, fragment_key, hash, arrival);
-    let gatherer = roles.acting_owner(tables);
-    if gatherer != local.slot && gatherer.is_some() && arrival.hops == 0 {
-        let verdict = roles.hand_off(tables, gatherer, arrival);
-        return FragmentStep::Elsewhere(Decision::plain(packet.key, verdict, Outcome::FragmentHandedOff));
-    }
-    // The gatherer was chosen by another row: whoever it bypassed says nothing of the flow's row.
-    arrival.bypassed = None;
-    if matches!(packet.fragment, Fragment::First { .. }) {
-        return FragmentStep::Known {
-            ports: [packet.key.source_port, packet.key.destination_port],
-            learn: true,
+    if arrival.ports.is_none() {
+        let hash = flow_hash(local.seed, &fragment_key);
+        let roles = Roles::new(tables, local, &fragment_key, hash, arrival);
+        let gatherer = roles.acting_owner(tables);
+        if gatherer != local.slot && gatherer.is_some() && arrival.hops == 0 {
+            decision.end(roles.hand_off(tables, gatherer, arrival), Outcome::FragmentHandedOff);
+            return false;
+        }
+        // The gatherer was chosen by another row: whoever it bypassed says nothing of the flow's row.
+        arrival.bypassed = None;
+        arrival.ports = if matches!(packet.fragment, Fragment::First { .. }) {
+            decision.learn_fragment = true;
+            Some([packet.key.source_port, packet.key.destination_port])
+        } else {
+            tables.fragment_ports(&fragment_key)
         };
     }
-    match tables.fragment_ports(fragment_key) {
-        Some(ports) => FragmentStep::Known { ports, learn: false },
-        None => FragmentStep::Elsewhere(Decision::plain(packet.key, Verdict::Hold, Outcome::Held)),
-    }
+    let Some([source, destination]) = arrival.ports else {
+        decision.end(Verdict::Hold, Outcome::Held);
+        return false;
+    };
+    decision.key.source_port = source;
+    decision.key.destination_port = destination;
+    true
 }
 
 /// Step 2.

@@ -48,7 +48,7 @@ pub mod slots;
 #[cfg(feature = "alloc")]
 pub mod table;
 
-pub use decide::{Arrival, Decision, Verdict, decide};
+pub use decide::{Arrival, Decision, Verdict, decide, decide_into};
 pub use entry::{
     BackendId, BackendIndex, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowState, Method, Record,
     Version,

@@ -23,7 +23,7 @@ use phalanx_flow::encap::{
 use phalanx_flow::packet::{
     Fragment, Frame, FrameBuf, HEADROOM, Link, Packet, PacketKind, ParseError, Reader, parse,
 };
-use phalanx_flow::{Arrival, Method, offload};
+use phalanx_flow::{Arrival, Decision, Method, offload};
 
 use crate::Drop;
 use crate::engine::{Batch, HeldFrame, Target, lock};
@@ -126,6 +126,29 @@ pub fn process_datagram<S: Sink>(
 ) {
     let outer = own::datagram(frame, from);
     Work { batch, scratch, ingress: 0, sink }.hand_off_in(frame, &outer, Offload::NONE);
+}
+
+/// Carries out a decision that was made elsewhere, and recorded and counted there: what the kernel's program leaves to user space.
+pub fn carry_out<S: Sink>(
+    batch: &Batch<'_>,
+    scratch: &mut Scratch,
+    frame: &mut FrameBuf<'_>,
+    link: Link,
+    arrival: &Arrival,
+    decision: &Decision,
+    sink: &mut S,
+) {
+    let Ok(packet) = parse(frame, link) else {
+        return batch.engine().counters.count_drop(Drop::Malformed);
+    };
+    Work { batch, scratch, ingress: 0, sink }.carry_out(
+        frame,
+        &packet,
+        link,
+        arrival,
+        decision,
+        Offload::NONE,
+    );
 }
 
 /// A packet that cannot be read goes no further if it is for a service; otherwise it is none of our business.
@@ -257,7 +280,23 @@ impl<S: Sink> Work<'_, '_, S> {
         offload: Offload,
     ) {
         let decision = self.batch.rule(packet, arrival);
-        match self.batch.target(&decision) {
+        self.carry_out(frame, packet, link, arrival, &decision, offload);
+        if decision.learn_fragment {
+            self.release(packet);
+        }
+    }
+
+    #[inline]
+    fn carry_out(
+        &mut self,
+        frame: &mut FrameBuf<'_>,
+        packet: &Packet,
+        link: Link,
+        arrival: &Arrival,
+        decision: &Decision,
+        offload: Offload,
+    ) {
+        match self.batch.target(decision) {
             Target::Drop => {}
             Target::Backend { backend, next_hop, fragment } => {
                 let Some(method) = Method::from_u8(backend.id.method) else {
@@ -287,9 +326,6 @@ impl<S: Sink> Work<'_, '_, S> {
             Target::Pass if arrival.hops == 0 => self.sink.pass(),
             // A member whose configuration has a service that ours has not.
             Target::Pass => self.drop(Drop::NoService),
-        }
-        if decision.learn_fragment {
-            self.release(packet);
         }
     }
 

@@ -471,7 +471,7 @@ fn icmp<R: Reader + ?Sized>(frame: &R, packet: &mut Packet) -> Result<(), Reason
 fn quote<R: Reader + ?Sized>(frame: &R, packet: &mut Packet) -> Result<(), Reason> {
     let start = usize::from(packet.l4_offset).wrapping_add(8);
     let end = usize::from(packet.l3_offset).wrapping_add(usize::from(packet.l3_length));
-    let (client, service, protocol, ports_at) = if packet.key.family == 4 {
+    let (client, protocol, ports_at) = if packet.key.family == 4 {
         if start.wrapping_add(20) > end {
             return Err(Reason::QuoteTruncated);
         }
@@ -484,20 +484,27 @@ fn quote<R: Reader + ?Sized>(frame: &R, packet: &mut Packet) -> Result<(), Reaso
             return Err(Reason::QuoteUnsupported);
         }
         let (service, client) = (mapped([h[12], h[13], h[14], h[15]]), mapped([h[16], h[17], h[18], h[19]]));
-        (client, service, h[9], start.wrapping_add(usize::from(header_length)))
+        if service != packet.key.destination {
+            return Err(Reason::QuoteMismatch);
+        }
+        (client, h[9], start.wrapping_add(usize::from(header_length)))
     } else {
         if start.wrapping_add(40) > end {
             return Err(Reason::QuoteTruncated);
         }
-        let (Some(h), Some(service), Some(client)) = (
-            frame.read::<8>(start),
-            frame.read::<16>(start.wrapping_add(8)),
-            frame.read::<16>(start.wrapping_add(24)),
-        ) else {
-            return Err(Reason::QuoteTruncated);
-        };
+        let Some(h) = frame.read::<8>(start) else { return Err(Reason::QuoteTruncated) };
         if h[0] >> 4 != 6 {
             return Err(Reason::QuoteOdd);
+        }
+        let Some(service) = frame.read::<16>(start.wrapping_add(8)) else {
+            return Err(Reason::QuoteTruncated);
+        };
+        let Some(client) = frame.read::<16>(start.wrapping_add(24)) else {
+            return Err(Reason::QuoteTruncated);
+        };
+        // Here and not below for both families: what lives shorter is no load for the eBPF stack.
+        if service != packet.key.destination {
+            return Err(Reason::QuoteMismatch);
         }
         let Ok(chain) = extensions(frame, start.wrapping_add(40), end, h[6]) else {
             return Err(Reason::QuoteUnsupported);
@@ -505,11 +512,8 @@ fn quote<R: Reader + ?Sized>(frame: &R, packet: &mut Packet) -> Result<(), Reaso
         if chain.place != 0 {
             return Err(Reason::QuoteUnsupported);
         }
-        (client, service, chain.next, chain.offset)
+        (client, chain.next, chain.offset)
     };
-    if service != packet.key.destination {
-        return Err(Reason::QuoteMismatch);
-    }
     if protocol != TCP && protocol != UDP {
         return Err(Reason::QuoteUnsupported);
     }

@@ -210,8 +210,10 @@ fn cluster(section: &mut Section<'_, '_>, file: &Path, environment: &dyn Environ
 }
 
 fn forwarder(section: &mut Section<'_, '_>, environment: &dyn Environment) -> ForwarderConfig {
-    let kind = section.take("kind", |value| match reader::choice(value, &[("rawsock", true), ("xdp", false)])? {
-        true if cfg!(feature = "rawsock") => Ok(ForwarderKind::Rawsock),
+    let kinds = [("rawsock", ForwarderKind::Rawsock), ("xdp", ForwarderKind::Xdp)];
+    let kind = section.take("kind", |value| match reader::choice(value, &kinds)? {
+        ForwarderKind::Rawsock if cfg!(feature = "rawsock") => Ok(ForwarderKind::Rawsock),
+        ForwarderKind::Xdp if cfg!(feature = "xdp") => Ok(ForwarderKind::Xdp),
         _ => Err((
             Kind::Environment,
             format!(
@@ -252,7 +254,13 @@ fn forwarder(section: &mut Section<'_, '_>, environment: &dyn Environment) -> Fo
         threads: section.integer("threads", 1..=64, 1) as u16,
         max_flows: section.integer("max_flows", 1024..=67_108_864, 1_000_000),
         max_half_open: section.integer("max_half_open", 1024..=16_777_216, 65_536),
+        pin_dir: path(section, "pin_dir"),
+        bpf_object: path(section, "bpf_object"),
     }
+}
+
+fn path(section: &mut Section<'_, '_>, field: &'static str) -> Option<PathBuf> {
+    section.take(field, |value| reader::string(value).map(PathBuf::from)).map(|at| at.value)
 }
 
 fn admin(section: &mut Section<'_, '_>) -> AdminConfig {

@@ -228,6 +228,11 @@ pub struct ForwarderConfig {
     pub max_flows: u32,
     /// Half-open flows remembered at most, oldest out first: 1024 to 16777216, default 65536.
     pub max_half_open: u32,
+    /// With kind xdp: a directory of a BPF file system in which programs and tables are pinned, so that they outlive the process;
+    /// default none: they end with it.
+    pub pin_dir: Option<PathBuf>,
+    /// With kind xdp: another object than the one compiled in, default none.
+    pub bpf_object: Option<PathBuf>,
 }
 
 /// `forwarder.kind`.
@@ -236,6 +241,18 @@ pub enum ForwarderKind {
     /// `AF_PACKET` sockets.
     #[default]
     Rawsock,
+    /// A program in the kernel.
+    Xdp,
+}
+
+impl ForwarderKind {
+    /// As it is written in the file.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Rawsock => "rawsock",
+            Self::Xdp => "xdp",
+        }
+    }
 }
 
 /// `[admin]`: the admin API.

@@ -11,6 +11,8 @@ pub mod planner;
 #[cfg(feature = "rawsock")]
 mod rawsock;
 pub mod status;
+#[cfg(feature = "xdp")]
+mod xdp;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -55,6 +57,13 @@ fn start_forwarder(config: &Config, plan: Plan) -> anyhow::Result<Arc<dyn Forwar
         config::ForwarderKind::Rawsock => {
             let _ = plan;
             anyhow::bail!("forwarder.kind = \"rawsock\": this program was built without the feature rawsock")
+        }
+        #[cfg(feature = "xdp")]
+        config::ForwarderKind::Xdp => xdp::start(config, plan),
+        #[cfg(not(feature = "xdp"))]
+        config::ForwarderKind::Xdp => {
+            let _ = plan;
+            anyhow::bail!("forwarder.kind = \"xdp\": this program was built without the feature xdp")
         }
     }
 }

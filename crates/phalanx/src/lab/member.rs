@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 
+use crate::config::ForwarderKind;
+
 use super::metrics::ADMIN;
 use super::netns::Netns;
 use super::world::{INTERFACE, SERVICE_PORT};
@@ -39,6 +41,8 @@ pub struct ClusterFile {
     pub service_lines: String,
     /// Lines to add to the cluster's section.
     pub cluster_lines: String,
+    /// Which forwarder.
+    pub forwarder: ForwarderKind,
     /// Lines to add to the forwarder's section.
     pub forwarder_lines: String,
     /// "tcp" or "udp".
@@ -78,7 +82,7 @@ impl ClusterFile {
             text,
             "[cluster]\nname = \"lab\"\nkey_file = \"{}\"\nhash_seed = \"{HASH_SEED}\"\nscoring = \"{}\"\n\
              profile = \"lan\"\nreplication = {}\nhandoff_fragment = {}\n{}\n\n\
-             [forwarder]\nkind = \"rawsock\"\ninterfaces = [\"{INTERFACE}\"]\n{}\n\n\
+             [forwarder]\nkind = \"{}\"\ninterfaces = [\"{INTERFACE}\"]\n{}\n\n\
              [admin]\nlisten = \"{ADMIN}\"\n\n[log]\nlevel = \"{}\"\n\n\
              [[service]]\nname = \"web\"\naddress = \"{}\"\nport = {SERVICE_PORT}\nprotocol = \"{}\"\n\
              method = \"{}\"\n{}\n",
@@ -87,6 +91,7 @@ impl ClusterFile {
             self.replication,
             self.handoff_fragment,
             self.cluster_lines,
+            self.forwarder.as_str(),
             self.forwarder_lines,
             self.log_level,
             self.service,
@@ -296,6 +301,7 @@ mod tests {
             }],
             service_lines: "idle_timeout = \"10s\"".to_owned(),
             cluster_lines: String::new(),
+            forwarder: ForwarderKind::Rawsock,
             forwarder_lines: "max_flows = 100".to_owned(),
             protocol: "udp",
             log_level: "info".to_owned(),

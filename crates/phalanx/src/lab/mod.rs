@@ -37,6 +37,8 @@ pub use scenario::{Action, Event};
 pub use site::Lab;
 pub use world::Topology;
 
+use crate::config::ForwarderKind;
+
 use scenario::ScenarioArgs;
 use world::{CLIENT_MTU, INNER_MTU};
 
@@ -48,6 +50,8 @@ const HANDOFF_MTU: u32 = 1600;
 pub struct LabOptions {
     /// How the site is laid out.
     pub topology: Topology,
+    /// Which forwarder members have.
+    pub forwarder: ForwarderKind,
     /// How members reach backends; `None`: `l2` on one segment, `ipip` when routed.
     pub method: Option<Method>,
     /// Members at the start, 1 to 99.
@@ -114,6 +118,7 @@ impl Default for LabOptions {
     fn default() -> Self {
         Self {
             topology: Topology::Lan,
+            forwarder: ForwarderKind::Rawsock,
             method: None,
             members: 3,
             backends: 3,
@@ -184,6 +189,9 @@ pub struct LabArgs {
     /// How the site is laid out.
     #[arg(long, value_enum, default_value_t)]
     topology: Topology,
+    /// Which forwarder members have; xdp needs root.
+    #[arg(long, default_value = "rawsock", value_parser = parse_forwarder, value_name = "rawsock|xdp")]
+    forwarder: ForwarderKind,
     /// How members reach backends; default: l2 for lan, ipip for routed.
     #[arg(long, value_parser = parse_method, value_name = "l2|ipip|gue")]
     method: Option<Method>,
@@ -266,6 +274,15 @@ pub struct LabArgs {
     direct: bool,
 }
 
+fn parse_forwarder(text: &str) -> Result<ForwarderKind, String> {
+    match text {
+        "rawsock" if cfg!(feature = "rawsock") => Ok(ForwarderKind::Rawsock),
+        "xdp" if cfg!(feature = "xdp") => Ok(ForwarderKind::Xdp),
+        "rawsock" | "xdp" => Err("this program was built without that forwarder".to_owned()),
+        _ => Err("a forwarder is rawsock or xdp".to_owned()),
+    }
+}
+
 fn parse_method(text: &str) -> Result<Method, String> {
     match text {
         "l2" => Ok(Method::L2),
@@ -290,6 +307,7 @@ impl LabArgs {
         let fragment = self.filter_icmp && self.server_mss.is_none();
         Ok(LabOptions {
             topology: self.topology,
+            forwarder: self.forwarder,
             method: self.method,
             members: self.members,
             backends: self.backends,
@@ -351,6 +369,12 @@ pub fn command(args: &LabArgs) -> ExitCode {
 
 fn prepare(args: &LabArgs) -> Result<LabOptions> {
     let options = args.options()?;
+    // SAFETY: no preconditions.
+    if options.forwarder == ForwarderKind::Xdp && unsafe { libc::geteuid() } != 0 {
+        anyhow::bail!(
+            "XDP programs cannot be loaded from a user namespace: run the lab as root, or without --forwarder xdp"
+        );
+    }
     privilege::become_root()?;
     // The first signal ends the run in good order, the second one at once.
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {

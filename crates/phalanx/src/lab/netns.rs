@@ -162,10 +162,21 @@ struct EthtoolValue {
 
 /// Switches segmentation, merging and checksum offload of an interface off, in the calling thread's namespace.
 pub fn switch_offloads_off(interface: &str) -> io::Result<()> {
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
     // Segmentation first: without checksums it would be refused.
-    for command in [ETHTOOL_STSO, ETHTOOL_SGSO, ETHTOOL_SGRO, ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM] {
-        let mut value = EthtoolValue { command, data: 0 };
+    let commands = [ETHTOOL_STSO, ETHTOOL_SGSO, ETHTOOL_SGRO, ETHTOOL_STXCSUM, ETHTOOL_SRXCSUM];
+    switch_offloads(interface, &commands.map(|command| (command, 0)))
+}
+
+/// Makes a veth's end the peer of one with an XDP program: what it sends is whole, as it would come from a wire.
+pub fn face_xdp(interface: &str) -> io::Result<()> {
+    let commands = [ETHTOOL_STSO, ETHTOOL_SGSO, ETHTOOL_STXCSUM];
+    switch_offloads(interface, &commands.map(|command| (command, 0)))
+}
+
+fn switch_offloads(interface: &str, commands: &[(u32, u32)]) -> io::Result<()> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
+    for (command, data) in commands.iter().copied() {
+        let mut value = EthtoolValue { command, data };
         // SAFETY: ifreq is plain old data, for which zero is a value.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes().take(libc::IFNAMSIZ - 1)) {

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use phalanx_flow::Method;
 
+use crate::config::ForwarderKind;
+
 use super::member::{BackendLine, ClusterFile, Member, write_key};
 use super::metrics::{self, Interest, Scraper};
 use super::report::{EventReport, Report};
@@ -100,6 +102,7 @@ impl Lab {
             mtu: options.mtu,
             ipv6: options.ipv6,
             client_offloads: options.client_offloads,
+            xdp: options.forwarder == ForwarderKind::Xdp,
             filter_icmp: options.filter_icmp,
             server_mss: options.server_mss,
         })?;
@@ -273,6 +276,7 @@ impl Lab {
             backends: self.backends.clone(),
             service_lines: self.options.service_lines.clone(),
             cluster_lines: self.options.cluster_lines.clone(),
+            forwarder: self.options.forwarder,
             forwarder_lines: self.options.forwarder_lines.clone(),
             protocol: if self.options.udp { "udp" } else { "tcp" },
             log_level: self.options.log_level.clone(),

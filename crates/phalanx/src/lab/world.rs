@@ -10,12 +10,13 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd as _;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 use phalanx_netlink::{Address, BpfFilter, BpfInstruction, Netlink, NextHop, Route, Veth};
 
-use super::netns::{Netns, switch_offloads_off};
+use super::netns::{Netns, face_xdp, switch_offloads_off};
 
 /// The interface of every host.
 pub const INTERFACE: &str = "eth0";
@@ -56,6 +57,8 @@ pub struct WorldOptions {
     pub ipv6: bool,
     /// The client's interface keeps the kernel's default offloads.
     pub client_offloads: bool,
+    /// Members have XDP programs.
+    pub xdp: bool,
     /// ICMP does not reach the client.
     pub filter_icmp: bool,
     /// The largest segment the servers announce, in bytes: how operators live with filtered ICMP.
@@ -128,6 +131,9 @@ pub struct World {
     pub members: Vec<Host>,
     /// Hosts for backends, in order of number.
     pub backends: Vec<Host>,
+    /// The programs of the router's interfaces, where members have some.
+    #[expect(dead_code, reason = "they are attached for as long as these are open")]
+    passes: Vec<OwnedFd>,
 }
 
 impl World {
@@ -148,14 +154,21 @@ impl World {
             ("net/ipv4/conf/all/send_redirects", "0"),
             ("net/ipv4/conf/default/send_redirects", "0"),
         ])?;
-        let mut builder = Builder { options, netlink: router.netlink()?, router: &router, bridge: None };
+        let mut builder = Builder {
+            options,
+            netlink: router.netlink()?,
+            router: &router,
+            bridge: None,
+            passes: Vec::new(),
+        };
         let client = builder.client()?;
         builder.segment()?;
         let members =
             (1..=options.members).map(|number| builder.member(number)).collect::<Result<Vec<_>>>()?;
         let backends =
             (1..=options.backends).map(|number| builder.backend(number)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { options, client, router, members, backends })
+        let passes = std::mem::take(&mut builder.passes);
+        Ok(Self { options, client, router, members, backends, passes })
     }
 
     /// The service's address.
@@ -201,6 +214,7 @@ struct Builder<'a> {
     netlink: Netlink,
     router: &'a Netns,
     bridge: Option<u32>,
+    passes: Vec<OwnedFd>,
 }
 
 impl Builder<'_> {
@@ -334,6 +348,17 @@ impl Builder<'_> {
         // The settings for interfaces to come do not reach those made before them.
         let setting = format!("net/ipv4/conf/{name}/rp_filter");
         self.router.sysctl(&[(&setting, "0")])?;
+        if self.options.xdp {
+            self.router
+                .enter(|| face_xdp(name))?
+                .context("cannot prepare the router's interfaces for XDP")?;
+            #[cfg(feature = "xdp")]
+            self.passes.push(
+                self.router
+                    .enter(|| phalanx_forwarder_xdp::attach_pass(index))?
+                    .context("cannot give the router's interfaces an XDP program")?,
+            );
+        }
         Ok(index)
     }
 

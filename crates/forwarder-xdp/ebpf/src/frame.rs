@@ -1,0 +1,108 @@
+//! Bytes of the packet, as the verifier wants them read.
+
+use core::arch::asm;
+
+use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
+use aya_ebpf::programs::XdpContext;
+use phalanx_flow::packet::{Frame, Reader};
+
+/// Largest offset into a frame that is read: larger frames come in fragments that we do not read (no `xdp.frags`).
+const MAX_OFFSET: usize = 0x3fff;
+
+/// The frame of a context.
+pub(crate) struct XdpFrame<'a> {
+    pub(crate) ctx: &'a XdpContext,
+}
+
+impl XdpFrame<'_> {
+    /// Where the frame starts. In assembly, because the compiler widens the context's 32 bits by shifts, which the verifier
+    /// forbids on what is a pointer to it.
+    #[inline(always)]
+    fn data(&self) -> usize {
+        let data: usize;
+        // SAFETY: reads `xdp_md::data`.
+        unsafe {
+            asm!("{0} = *(u32 *)({1} + 0)", out(reg) data, in(reg) self.ctx.ctx, options(pure, readonly, nostack, preserves_flags));
+        }
+        data
+    }
+
+    /// Where it ends.
+    #[inline(always)]
+    fn end(&self) -> usize {
+        let end: usize;
+        // SAFETY: reads `xdp_md::data_end`.
+        unsafe {
+            asm!("{0} = *(u32 *)({1} + 4)", out(reg) end, in(reg) self.ctx.ctx, options(pure, readonly, nostack, preserves_flags));
+        }
+        end
+    }
+
+    /// A pointer to `N` bytes at `offset` that the verifier knows to be there.
+    #[inline(always)]
+    fn at<const N: usize>(&self, offset: usize) -> Option<*mut [u8; N]> {
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        let mut place = offset;
+        // SAFETY: plain arithmetic. In assembly, so that the compiler can neither drop the mask, which only the verifier
+        // needs, nor compute the address a second time, which the verifier would not know to be the one that was compared.
+        unsafe {
+            asm!(
+                "{place} &= 0x3fff",
+                "{place} += {data}",
+                place = inout(reg) place,
+                data = in(reg) self.data(),
+                options(pure, nomem, nostack, preserves_flags)
+            );
+        }
+        if place.wrapping_add(N) > self.end() {
+            return None;
+        }
+        Some(place as *mut [u8; N])
+    }
+}
+
+impl Reader for XdpFrame<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.end().wrapping_sub(self.data())
+    }
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        // SAFETY: `at` compared it with the end.
+        Some(unsafe { *self.at::<N>(offset)? })
+    }
+}
+
+impl Frame for XdpFrame<'_> {
+    #[inline(always)]
+    fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> bool {
+        match self.at::<N>(offset) {
+            Some(place) => {
+                // SAFETY: `at` compared it with the end.
+                unsafe { *place = bytes };
+                true
+            }
+            None => false,
+        }
+    }
+
+    #[inline(always)]
+    fn move_head(&mut self, delta: isize) -> bool {
+        // SAFETY: the context is the kernel's.
+        unsafe { bpf_xdp_adjust_head(self.ctx.ctx, delta as i32) == 0 }
+    }
+
+    #[inline(always)]
+    fn truncate(&mut self, length: usize) -> bool {
+        let now = self.len();
+        if length > now {
+            return false;
+        }
+        // SAFETY: the context is the kernel's.
+        length == now
+            || unsafe { bpf_xdp_adjust_tail(self.ctx.ctx, (length as i32).wrapping_sub(now as i32)) == 0 }
+    }
+}

@@ -1,0 +1,544 @@
+//! The stages: one program each.
+
+use core::arch::asm;
+
+use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX};
+use aya_ebpf::helpers::{bpf_redirect, bpf_xdp_load_bytes};
+use aya_ebpf::macros::xdp;
+use aya_ebpf::programs::XdpContext;
+use phalanx_flow::decide::{Action, Outcome, decide_into};
+use phalanx_flow::encap::{
+    EncapError, HandOffError, HandOffFlags, HandOffHeader, LinkHeader, OpenError, Outer, echo_reply,
+    encapsulate, hand_off, open, parse_hand_off,
+};
+use phalanx_flow::packet::{Fragment, Frame, Link, Packet, PacketKind, Reader, parse};
+use phalanx_flow::{Arrival, FlowEntry, FlowKey, FlowState, MemberId, MemberSlot, Method, Verdict};
+
+use crate::abi::{
+    Backend, CpuCounters, DROP_REASONS, EVENT_ECHO, FRAGMENT_LIFE_MS, Header, Hop, MAX_BACKENDS, MAX_MEMBERS,
+    Member, OUTCOME_COUNTERS, PUNT_BYTES, Ports, Punt, RawEvent, drops, punt, stage,
+};
+use crate::frame::XdpFrame;
+use crate::maps::{
+    ACTIVE, BACKENDS, CACHE, COUNTERS, EVENTS, FLOWS, FRAGMENTS, HALF_OPEN, HEADERS, MEMBERS, PUNTS, STAGES,
+    WORK, Work,
+};
+use crate::tables::{Place, View, is_service_address};
+
+/// Flags of an update: whatever is there.
+const ANY: u64 = 0;
+/// Flags of an event: the daemon polls, so that it need not be woken.
+const NO_WAKEUP: u64 = 1;
+
+#[inline(always)]
+fn counters() -> Option<&'static mut CpuCounters> {
+    // SAFETY: each CPU has its own, and XDP runs to its end where it began.
+    COUNTERS.get_ptr_mut(0).map(|counters| unsafe { &mut *counters })
+}
+
+#[inline(always)]
+fn work() -> Option<&'static mut Work> {
+    // SAFETY: as above.
+    WORK.get_ptr_mut(0).map(|work| unsafe { &mut *work })
+}
+
+#[inline(always)]
+fn header(plan: u32) -> Option<&'static Header> {
+    HEADERS.get(plan)
+}
+
+/// Goes on with another stage.
+#[inline(always)]
+fn go(ctx: &XdpContext, stage: u32) -> u32 {
+    // SAFETY: the context is the kernel's.
+    unsafe { STAGES.tail_call(ctx, stage) };
+    if let Some(counters) = counters() {
+        counters.faults = counters.faults.wrapping_add(1);
+    }
+    XDP_DROP
+}
+
+/// `index` below 16, for the verifier: the compiler believes an enum's number to be small, and would drop a mask.
+#[inline(always)]
+fn below_16(index: usize) -> usize {
+    let mut index = index;
+    // SAFETY: plain arithmetic.
+    unsafe {
+        asm!("{0} &= 15", inout(reg) index, options(pure, nomem, nostack, preserves_flags));
+    }
+    index
+}
+
+const _: () = assert!(OUTCOME_COUNTERS == 16 && DROP_REASONS == 16);
+
+#[inline(always)]
+fn count(counters: &mut CpuCounters, outcome: Outcome) {
+    if let Some(place) = counters.outcomes.get_mut(below_16(outcome as usize)) {
+        *place = place.wrapping_add(1);
+    }
+}
+
+#[inline(always)]
+fn drop(counters: &mut CpuCounters, reason: usize) -> u32 {
+    if let Some(place) = counters.drops.get_mut(below_16(reason)) {
+        *place = place.wrapping_add(1);
+    }
+    XDP_DROP
+}
+
+/// The program that is attached: reads the packet.
+#[xdp]
+pub fn phalanx(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    // Before there is a plan the kernel has everything.
+    let Some(plan) = ACTIVE.get(0) else { return XDP_PASS };
+    let plan = *plan & 1;
+    let Some(header) = header(plan) else { return XDP_PASS };
+    let frame = XdpFrame { ctx: &ctx };
+    work.plan = plan;
+    work.bare = 0;
+    work.echo = 0;
+    work.arrival = Arrival::WIRE;
+    match parse(&frame, Link::Ethernet) {
+        Ok(packet) => {
+            let to_us = matches!(packet.kind, PacketKind::Datagram)
+                && matches!(packet.fragment, Fragment::Whole)
+                && u16::from_ne_bytes(packet.key.destination_port)
+                    == u16::from_ne_bytes(header.handoff_port_be)
+                && packet.key.family == header.local_family
+                && same(&packet.key.destination, &header.local_address);
+            work.packet = packet;
+            go(&ctx, if to_us { stage::OPEN } else { stage::DECIDE })
+        }
+        Err(error) => {
+            if error.family != 0 && is_service_address(&error.destination, plan) {
+                count(counters, Outcome::Dropped);
+                drop(counters, drops::MALFORMED)
+            } else {
+                count(counters, Outcome::Passed);
+                XDP_PASS
+            }
+        }
+    }
+}
+
+/// Whether two addresses are the same, without a call.
+#[inline(always)]
+fn same(a: &[u8; 16], b: &[u8; 16]) -> bool {
+    let words = |x: &[u8; 16]| {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *x;
+        (u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([i, j, k, l, m, n, o, p]))
+    };
+    let ((a0, a1), (b0, b1)) = (words(a), words(b));
+    a0 == b0 && a1 == b1
+}
+
+/// Takes a packet out of its hand-off.
+#[xdp]
+pub fn phalanx_open(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let Some(header) = header(work.plan) else { return XDP_DROP };
+    let frame = XdpFrame { ctx: &ctx };
+    let reason = match parse_hand_off(&frame, usize::from(work.packet.payload_offset()), header.cookies) {
+        Ok((hand_off, inner)) => {
+            if hand_off.flags.is_echo() {
+                return echo_in(&ctx, counters, work, &frame, hand_off.flags, inner);
+            }
+            work.echo = inner as u32;
+            work.arrival = Arrival {
+                hops: hand_off.hops,
+                bypassed: hand_off.bypassed(),
+                ports: match hand_off.ports() {
+                    Some((source, destination)) => Some([source, destination]),
+                    None => None,
+                },
+            };
+            return go(&ctx, stage::INNER);
+        }
+        Err(HandOffError::Cookie) => drops::BAD_COOKIE,
+        Err(_) => drops::BAD_HANDOFF,
+    };
+    count(counters, Outcome::Dropped);
+    drop(counters, reason)
+}
+
+/// Cuts the outer headers off, and reads the packet inside.
+#[xdp]
+pub fn phalanx_inner(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let mut frame = XdpFrame { ctx: &ctx };
+    let reason = match open(&mut frame, &work.packet, work.echo as usize) {
+        Ok(packet) => {
+            counters.handoffs_in = counters.handoffs_in.wrapping_add(1);
+            work.packet = packet;
+            work.bare = 1;
+            return go(&ctx, stage::DECIDE);
+        }
+        Err(OpenError::Parse(_)) => drops::MALFORMED,
+        Err(OpenError::NoRoom | OpenError::Congestion) => drops::BAD_HANDOFF,
+    };
+    count(counters, Outcome::Dropped);
+    drop(counters, reason)
+}
+
+/// An echo: a question is answered, an answer goes to the daemon.
+#[inline(always)]
+fn echo_in(
+    ctx: &XdpContext,
+    counters: &mut CpuCounters,
+    work: &mut Work,
+    frame: &XdpFrame<'_>,
+    flags: HandOffFlags,
+    inner: usize,
+) -> u32 {
+    let Some(token) = frame.read::<8>(inner) else {
+        count(counters, Outcome::Dropped);
+        return drop(counters, drops::BAD_HANDOFF);
+    };
+    count(counters, Outcome::Echo);
+    if !flags.has(HandOffFlags::ECHO_REPLY) {
+        // Not zero: an Ethernet header at least is before it.
+        work.echo = inner as u32;
+        return go(ctx, stage::REPLY);
+    }
+    if let Some(mut event) = EVENTS.reserve::<RawEvent>(0) {
+        let place = event.as_mut_ptr();
+        // SAFETY: the place was reserved, and every byte of it is written.
+        unsafe {
+            (*place).key = work.packet.key;
+            (*place).entry = FlowEntry { birth: u64::from_be_bytes(token), ..EMPTY };
+            (*place).kind = EVENT_ECHO;
+            (*place).at_once = 0;
+            (*place).reserved = [0; 6];
+        }
+        event.submit(0);
+    } else {
+        counters.events_lost = counters.events_lost.wrapping_add(1);
+    }
+    XDP_DROP
+}
+
+const EMPTY: FlowEntry = FlowEntry {
+    birth: 0,
+    last_seen_ms: 0,
+    last_reported_ms: 0,
+    update: 0,
+    backend: phalanx_flow::BackendIndex::NONE,
+    state: 0,
+    flags: phalanx_flow::FlowFlags(0),
+    reserved: [0; 6],
+};
+
+/// Decides, and records what was decided.
+#[xdp]
+pub fn phalanx_decide(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let Some(header) = header(work.plan) else { return XDP_DROP };
+    let view = View::new(header, work.plan);
+    counters.seen_ms = view.now_ms;
+    decide_into(&mut work.decision, &work.packet, &work.arrival, &view);
+    commit(counters, work, &view);
+    count(counters, work.decision.outcome);
+    match work.decision.verdict {
+        Verdict::Forward(_) => go(&ctx, stage::FORWARD),
+        Verdict::HandOff(_) => go(&ctx, stage::HAND_OFF),
+        Verdict::EchoReply if work.bare == 0 => go(&ctx, stage::REPLY),
+        Verdict::EchoReply => {
+            work.why = punt::ECHO;
+            go(&ctx, stage::PUNT)
+        }
+        Verdict::Hold => {
+            work.why = punt::HOLD;
+            go(&ctx, stage::PUNT)
+        }
+        Verdict::Pass if work.arrival.hops == 0 => XDP_PASS,
+        // A member whose configuration has a service that ours has not.
+        Verdict::Pass => drop(counters, drops::NO_SERVICE),
+        Verdict::Drop(reason) => drop(counters, reason as usize),
+    }
+}
+
+/// Carries the decision out on the tables.
+#[inline(always)]
+fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View) {
+    let decision = &work.decision;
+    if decision.learn_fragment
+        && let Some(key) = work.packet.fragment_key()
+    {
+        let ports = [decision.key.source_port, decision.key.destination_port];
+        let value = Ports { until_ms: view.now_ms.wrapping_add(FRAGMENT_LIFE_MS), ports, reserved: [0; 4] };
+        let _ = FRAGMENTS.insert(&key, &value, ANY);
+    }
+    if decision.erase_cache {
+        let _ = CACHE.remove(&decision.key);
+    }
+    let half_open = decision.entry.state == FlowState::HalfOpen as u8;
+    let mut full = false;
+    match decision.action {
+        Action::Keep => {}
+        Action::Insert => {
+            // What was recorded before is over: a new connection on an old tuple.
+            if matches!(view.place.get(), Place::Flows) {
+                let _ = FLOWS.remove(&decision.key);
+            }
+            full = HALF_OPEN.insert(&decision.key, &decision.entry, ANY).is_err();
+        }
+        Action::Update if matches!(view.place.get(), Place::HalfOpen) && !half_open => {
+            match FLOWS.insert(&decision.key, &decision.entry, ANY) {
+                Ok(()) => {
+                    let _ = HALF_OPEN.remove(&decision.key);
+                }
+                Err(_) => {
+                    counters.table_full = counters.table_full.wrapping_add(1);
+                    // What is half-open stays so: the flow goes on by what is there.
+                    if let Some(entry) = view.found.get() {
+                        // SAFETY: the verifier knows where it points.
+                        unsafe { (*entry).last_seen_ms = decision.entry.last_seen_ms };
+                    }
+                }
+            }
+        }
+        Action::Update | Action::UpdateCache => {
+            if let Some(entry) = view.found.get() {
+                // SAFETY: as above. Birth and backend are left alone: the daemon may have written them since they were read.
+                unsafe {
+                    if (*entry).last_seen_ms != decision.entry.last_seen_ms {
+                        (*entry).last_seen_ms = decision.entry.last_seen_ms;
+                    }
+                    if decision.event.is_some() {
+                        (*entry).last_reported_ms = decision.entry.last_reported_ms;
+                        (*entry).update = decision.entry.update;
+                        (*entry).state = decision.entry.state;
+                        (*entry).flags = decision.entry.flags;
+                    }
+                }
+            }
+        }
+    }
+    if full {
+        counters.table_full = counters.table_full.wrapping_add(1);
+        return;
+    }
+    if let Some(kind) = decision.event {
+        if let Some(mut event) = EVENTS.reserve::<RawEvent>(0) {
+            let place = event.as_mut_ptr();
+            // SAFETY: the place was reserved, and every byte of it is written.
+            unsafe {
+                (*place).key = decision.key;
+                (*place).entry = decision.entry;
+                (*place).kind = kind as u8;
+                (*place).at_once = decision.at_once as u8;
+                (*place).reserved = [0; 6];
+            }
+            event.submit(NO_WAKEUP);
+        } else {
+            counters.events_lost = counters.events_lost.wrapping_add(1);
+        }
+    }
+}
+
+/// Sends the packet to its backend.
+#[xdp]
+pub fn phalanx_forward(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let Verdict::Forward(index) = work.decision.verdict else { return XDP_DROP };
+    if index.0 >= MAX_BACKENDS {
+        return drop(counters, drops::NO_NEXT_HOP);
+    }
+    let Some(backend) = BACKENDS.get(work.plan.wrapping_mul(MAX_BACKENDS).wrapping_add(index.0)) else {
+        return drop(counters, drops::NO_NEXT_HOP);
+    };
+    let Backend { hop, .. } = backend;
+    if hop.interface == 0 {
+        return drop(counters, drops::NO_NEXT_HOP);
+    }
+    let Some(method) = Method::from_u8(backend.method) else { return drop(counters, drops::NO_NEXT_HOP) };
+    let port = u16::from_be_bytes(backend.port_be);
+    let outer = Outer::new(method, backend.family, backend.source, backend.address, port, work.decision.hash);
+    let mut frame = XdpFrame { ctx: &ctx };
+    let wrapped = encapsulate(&mut frame, &work.packet, &outer, hop.mtu, &link(hop));
+    sent(&ctx, counters, work, hop, wrapped)
+}
+
+/// Hands the packet off to another member.
+#[xdp]
+pub fn phalanx_hand_off(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let Some(header) = header(work.plan) else { return XDP_DROP };
+    let Verdict::HandOff(to) = work.decision.verdict else { return XDP_DROP };
+    let Some(member) = member(work.plan, to.to) else { return drop(counters, drops::NO_NEXT_HOP) };
+    let hop = &member.hop;
+    if hop.interface == 0 {
+        return drop(counters, drops::NO_NEXT_HOP);
+    }
+    let mut geneve = HandOffHeader::new(to.hops, header.view_digest, header.cookies[0]);
+    if let Some(bypassed) = self::member(work.plan, to.bypassed) {
+        geneve = geneve.bypassing(MemberId(bypassed.id));
+    }
+    if let Some([source, destination]) = to.ports {
+        geneve = geneve.with_ports(source, destination);
+    }
+    let port = u16::from_be_bytes(header.handoff_port_be);
+    let hash = work.decision.hash;
+    let outer = Outer::new(Method::Gue, member.family, header.local_address, member.address, port, hash);
+    let mut frame = XdpFrame { ctx: &ctx };
+    let wrapped = hand_off(&mut frame, &work.packet, &geneve, &outer, hop.mtu, &link(hop));
+    sent(&ctx, counters, work, hop, wrapped)
+}
+
+#[inline(always)]
+fn member(plan: u32, slot: MemberSlot) -> Option<&'static Member> {
+    let slot = u32::from(slot.0);
+    if slot >= MAX_MEMBERS {
+        return None;
+    }
+    MEMBERS.get(plan.wrapping_mul(MAX_MEMBERS).wrapping_add(slot))
+}
+
+#[inline(always)]
+fn link(hop: &Hop) -> LinkHeader {
+    LinkHeader { source: hop.source_mac, destination: hop.destination_mac }
+}
+
+/// What becomes of a frame that was wrapped.
+#[inline(always)]
+fn sent(
+    ctx: &XdpContext,
+    counters: &mut CpuCounters,
+    work: &mut Work,
+    hop: &Hop,
+    wrapped: Result<(), EncapError>,
+) -> u32 {
+    match wrapped {
+        Ok(()) if hop.interface == ctx.ingress_ifindex() as u32 => XDP_TX,
+        Ok(()) => {
+            // SAFETY: plain numbers.
+            let _ = unsafe { bpf_redirect(hop.interface, 0) };
+            XDP_REDIRECT
+        }
+        Err(EncapError::TooBig { .. }) => {
+            work.why = punt::TOO_BIG;
+            go(ctx, stage::PUNT)
+        }
+        Err(EncapError::TtlExpired) => {
+            work.why = punt::TTL;
+            go(ctx, stage::PUNT)
+        }
+        Err(EncapError::NoRoom) => drop(counters, drops::TRANSMIT),
+    }
+}
+
+/// Answers pings to a service's address, and other members' echoes: back the way they came.
+#[xdp]
+pub fn phalanx_reply(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let mut frame = XdpFrame { ctx: &ctx };
+    if work.echo == 0 {
+        return match echo_reply(&mut frame, &work.packet, None) {
+            Ok(()) => XDP_TX,
+            Err(_) => drop(counters, drops::MALFORMED),
+        };
+    }
+    let Some(header) = header(work.plan) else { return XDP_DROP };
+    let inner = work.echo as usize;
+    let (Some([d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5]), Some(token)) =
+        (frame.read::<12>(0), frame.read::<8>(inner))
+    else {
+        return drop(counters, drops::BAD_HANDOFF);
+    };
+    let link = LinkHeader { source: [d0, d1, d2, d3, d4, d5], destination: [s0, s1, s2, s3, s4, s5] };
+    // The token stays where it is, because the kernel lets no frame be shorter than an Ethernet header.
+    let packet = Packet { l3_offset: inner as u16, ..TOKEN };
+    let mut geneve = HandOffHeader::new(1, header.view_digest, header.cookies[0]);
+    geneve.flags = HandOffFlags(HandOffFlags::ECHO_REPLY);
+    let port = u16::from_be_bytes(header.handoff_port_be);
+    let hash = u64::from_be_bytes(token) << 32;
+    let (family, to) = (header.local_family, work.packet.key.source);
+    let outer = Outer::new(Method::Gue, family, header.local_address, to, port, hash);
+    match hand_off(&mut frame, &packet, &geneve, &outer, u16::MAX, &link) {
+        Ok(()) => XDP_TX,
+        Err(_) => drop(counters, drops::BAD_HANDOFF),
+    }
+}
+
+/// An echo's token in the place of a packet; family 0 says in the header that there is none.
+const TOKEN: Packet = Packet {
+    key: FlowKey {
+        source: [0; 16],
+        destination: [0; 16],
+        source_port: [0; 2],
+        destination_port: [0; 2],
+        protocol: 0,
+        family: 0,
+        reserved: [0; 2],
+    },
+    kind: PacketKind::Other,
+    fragment: Fragment::Whole,
+    tcp_sequence: 0,
+    tcp_acknowledgment: 0,
+    l3_offset: 0,
+    l3_length: 8,
+    l4_offset: 0,
+    l4_length: 0,
+    payload_length: 0,
+    ttl: 64,
+    tos: 0,
+    dont_fragment: true,
+};
+
+/// Gives the packet to user space, with what was decided.
+#[xdp]
+pub fn phalanx_punt(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let frame = XdpFrame { ctx: &ctx };
+    let length = frame.len();
+    if length == 0 || length > PUNT_BYTES {
+        counters.punts_lost = counters.punts_lost.wrapping_add(1);
+        return XDP_DROP;
+    }
+    let mut bounded = length.wrapping_sub(1);
+    // SAFETY: plain arithmetic; in assembly, because only the verifier needs the mask.
+    unsafe {
+        asm!("{0} &= 2047", inout(reg) bounded, options(pure, nomem, nostack, preserves_flags));
+    }
+    let length = bounded.wrapping_add(1) as u32;
+    let Some(mut reserved) = PUNTS.reserve::<Punt>(0) else {
+        counters.punts_lost = counters.punts_lost.wrapping_add(1);
+        return XDP_DROP;
+    };
+    let place = reserved.as_mut_ptr();
+    // SAFETY: the place was reserved; what is not written is not read, `length` says how much of the frame is.
+    unsafe {
+        (*place).hash = work.decision.hash;
+        (*place).ingress = ctx.ingress_ifindex() as u32;
+        (*place).length = length;
+        (*place).backend = u32::MAX;
+        (*place).service = work.decision.service;
+        (*place).member = u16::MAX;
+        (*place).bypassed = u16::MAX;
+        (*place).hops = work.arrival.hops;
+        (*place).why = work.why;
+        (*place).bare = work.bare as u8;
+        let mut ports = work.arrival.ports;
+        match work.decision.verdict {
+            Verdict::Forward(index) => (*place).backend = index.0,
+            Verdict::HandOff(to) => {
+                (*place).member = to.to.0;
+                (*place).bypassed = to.bypassed.0;
+                (*place).hops = to.hops;
+                ports = to.ports;
+            }
+            _ => {}
+        }
+        (*place).has_ports = ports.is_some() as u8;
+        (*place).ports = ports.unwrap_or([[0; 2]; 2]);
+        if bpf_xdp_load_bytes(ctx.ctx, 0, (&raw mut (*place).frame).cast(), length) != 0 {
+            reserved.discard(NO_WAKEUP);
+            counters.punts_lost = counters.punts_lost.wrapping_add(1);
+            return XDP_DROP;
+        }
+    }
+    reserved.submit(0);
+    counters.punted = counters.punted.wrapping_add(1);
+    XDP_DROP
+}

@@ -1,0 +1,385 @@
+//! What the kernel's program and its loader share: maps' names, keys and values. Both compile this file.
+//!
+//! Everything is `#[repr(C)]` with explicit padding and without `bool`, `enum` or `Option`; sizes are asserted.
+//! A change of anything here is a change of [`VERSION`]: pinned maps of another version are not adopted.
+
+use phalanx_flow::decide::OUTCOMES;
+use phalanx_flow::{FlowEntry, FlowKey};
+
+/// Version of these layouts.
+pub const VERSION: u32 = 1;
+
+/// Plans that exist at once: the one in force and the one being written.
+pub const PLANS: u32 = 2;
+/// Members of a plan at most.
+pub const MAX_MEMBERS: u32 = 1024;
+/// Backends of a plan at most.
+pub const MAX_BACKENDS: u32 = 8192;
+/// Rows in a block of the table of rows.
+pub const ROWS: u32 = 65_536;
+/// Blocks of rows: the current and previous table of two plans.
+pub const ROW_BLOCKS: u32 = 4;
+/// Slots in a block of the table of slots.
+pub const SLOTS: u32 = 65_536;
+/// No block of that kind.
+pub const NO_BLOCK: u32 = u32::MAX;
+/// In [`Header::row_mask`]: rows are found by the CRC of the tuple.
+pub const CRC8_ROWS: u32 = u32::MAX;
+/// In a slot's value: the slot is unsettled. The other bits are the backend's index, all of them set for none.
+pub const UNSETTLED: u32 = 1 << 31;
+
+/// A plan's single values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Header {
+    /// Seed of the flow hash.
+    pub seed: [u64; 2],
+    /// Digest of the view, for hand-offs.
+    pub view_digest: u64,
+    /// Cookies that hand-offs are accepted with; the first is the one we send.
+    pub cookies: [u64; 2],
+    /// Our end of the hand-off tunnels, IPv4 as mapped.
+    pub local_address: [u8; 16],
+    /// Block of the current rows.
+    pub rows: u32,
+    /// Block of the previous rows, or [`NO_BLOCK`].
+    pub previous: u32,
+    /// Number of rows less one, or [`CRC8_ROWS`].
+    pub row_mask: u32,
+    /// Our slot.
+    pub local_slot: u16,
+    /// UDP port of hand-offs.
+    pub handoff_port_be: [u8; 2],
+    /// Family of `local_address`: 4 or 6.
+    pub local_family: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+}
+
+const _: () = assert!(size_of::<Header>() == 80);
+
+/// How to get somewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Hop {
+    /// Egress interface; 0: not known.
+    pub interface: u32,
+    /// Largest IP packet, in bytes.
+    pub mtu: u16,
+    /// MAC of the egress interface.
+    pub source_mac: [u8; 6],
+    /// MAC of the next hop.
+    pub destination_mac: [u8; 6],
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+const _: () = assert!(size_of::<Hop>() == 20);
+
+/// A member, by plan and slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Member {
+    /// Where hand-offs go to, IPv4 as mapped.
+    pub address: [u8; 16],
+    /// Its id.
+    pub id: u32,
+    /// How to get there.
+    pub hop: Hop,
+    /// A `Liveness`.
+    pub liveness: u8,
+    /// 4 or 6.
+    pub family: u8,
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+const _: () = assert!(size_of::<Member>() == 44);
+
+/// A backend, by plan and index.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Backend {
+    /// Where packets are sent.
+    pub address: [u8; 16],
+    /// Our address in the outer header.
+    pub source: [u8; 16],
+    /// How to get there.
+    pub hop: Hop,
+    /// UDP port of the decapsulator.
+    pub port_be: [u8; 2],
+    /// A `Method`.
+    pub method: u8,
+    /// 4 or 6.
+    pub family: u8,
+}
+
+const _: () = assert!(size_of::<Backend>() == 56);
+
+/// Key of a service, or with port and protocol zero of a service's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ServiceKey {
+    /// Virtual address, IPv4 as mapped.
+    pub address: [u8; 16],
+    /// Port.
+    pub port_be: [u8; 2],
+    /// Protocol.
+    pub protocol: u8,
+    /// Which of the two plans.
+    pub plan: u8,
+}
+
+const _: () = assert!(size_of::<ServiceKey>() == 20);
+
+/// A service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ServiceValue {
+    /// Block of its slots.
+    pub block: u32,
+    /// Idle timeout in milliseconds.
+    pub idle_ms: u32,
+    /// Its position in the plan.
+    pub index: u32,
+    /// 1: replicate on the first packet.
+    pub replicate_syn: u32,
+}
+
+/// Key of a member's slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct MemberKey {
+    /// Its id.
+    pub id: u32,
+    /// Which of the two plans.
+    pub plan: u32,
+}
+
+/// Ports of a fragmented packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Ports {
+    /// Until when they are remembered, in milliseconds of the program's clock.
+    pub until_ms: u64,
+    /// Source and destination port, network byte order.
+    pub ports: [[u8; 2]; 2],
+    /// Zero.
+    pub reserved: [u8; 4],
+}
+
+/// How long a fragmented packet's ports are remembered.
+pub const FRAGMENT_LIFE_MS: u64 = 2_000;
+
+/// An event in the ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct RawEvent {
+    /// The flow.
+    pub key: FlowKey,
+    /// Its entry, after what happened; of an echo's answer `birth` is the token.
+    pub entry: FlowEntry,
+    /// A `FlowEventKind`, or [`EVENT_ECHO`].
+    pub kind: u8,
+    /// 1: replicate at once.
+    pub at_once: u8,
+    /// Zero.
+    pub reserved: [u8; 6],
+}
+
+const _: () = assert!(size_of::<RawEvent>() == 88);
+
+/// In [`RawEvent::kind`]: an echo of ours was answered.
+pub const EVENT_ECHO: u8 = 255;
+
+/// Counters by outcome; a power of two, so that a mask keeps an index within.
+pub const OUTCOME_COUNTERS: usize = 16;
+const _: () = assert!(OUTCOMES <= OUTCOME_COUNTERS);
+/// Counters by reason for a drop, as the loader's `Drop` numbers them.
+pub const DROP_REASONS: usize = 16;
+
+/// What one CPU counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct CpuCounters {
+    /// By outcome.
+    pub outcomes: [u64; OUTCOME_COUNTERS],
+    /// By reason.
+    pub drops: [u64; DROP_REASONS],
+    /// Hand-offs received.
+    pub handoffs_in: u64,
+    /// Flows not recorded because the table was full.
+    pub table_full: u64,
+    /// Events that found the ring full.
+    pub events_lost: u64,
+    /// Packets that were given to user space.
+    pub punted: u64,
+    /// Packets that found no room on the way to user space.
+    pub punts_lost: u64,
+    /// The program's clock when a packet was last seen, in milliseconds.
+    pub seen_ms: u64,
+    /// A decision named what the plan has not, or a tail call failed: faults of ours.
+    pub faults: u64,
+}
+
+/// Reasons for a drop as the program knows them: the numbers of the loader's `Drop`, asserted there.
+pub mod drops {
+    /// Malformed.
+    pub const MALFORMED: usize = 3;
+    /// No next hop.
+    pub const NO_NEXT_HOP: usize = 5;
+    /// A wrong cookie.
+    pub const BAD_COOKIE: usize = 7;
+    /// A bad hand-off.
+    pub const BAD_HANDOFF: usize = 8;
+    /// A later fragment without its first.
+    pub const FRAGMENT: usize = 9;
+    /// No service here.
+    pub const NO_SERVICE: usize = 0;
+    /// No room in front of the packet, or the path to user space is full.
+    pub const TRANSMIT: usize = 10;
+}
+
+/// Why a packet goes to user space; in [`Punt::why`].
+pub mod punt {
+    /// It does not fit the path: fragment it or tell the client.
+    pub const TOO_BIG: u8 = 1;
+    /// Its time to live is over: tell the client.
+    pub const TTL: u8 = 2;
+    /// A later fragment before its first.
+    pub const HOLD: u8 = 3;
+    /// A ping that was handed off.
+    pub const ECHO: u8 = 4;
+}
+
+/// Bytes of a packet that is given to user space; longer ones are dropped and counted.
+pub const PUNT_BYTES: usize = 2048;
+
+/// A packet for user space: what was decided, then the frame as it is now.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Punt {
+    /// The flow's hash.
+    pub hash: u64,
+    /// Interface it came in on.
+    pub ingress: u32,
+    /// Bytes of the frame.
+    pub length: u32,
+    /// For a backend its index.
+    pub backend: u32,
+    /// Position of the flow's service in its plan.
+    pub service: u32,
+    /// For a member its slot; else 0xffff.
+    pub member: u16,
+    /// The member bypassed; else 0xffff.
+    pub bypassed: u16,
+    /// Hops: of the hand-off to make, or of a held fragment's arrival.
+    pub hops: u8,
+    /// See [`punt`].
+    pub why: u8,
+    /// 1: the frame starts with the IP header.
+    pub bare: u8,
+    /// 1: `ports` count.
+    pub has_ports: u8,
+    /// Ports of a fragment.
+    pub ports: [[u8; 2]; 2],
+    /// The frame.
+    pub frame: [u8; PUNT_BYTES],
+}
+
+/// Where programs stand in the table of tail calls.
+pub mod stage {
+    /// Decides and records.
+    pub const DECIDE: u32 = 0;
+    /// Encapsulates towards a backend.
+    pub const FORWARD: u32 = 1;
+    /// Hands off to a member.
+    pub const HAND_OFF: u32 = 2;
+    /// Opens a hand-off.
+    pub const OPEN: u32 = 3;
+    /// Answers pings, and echoes of other members.
+    pub const REPLY: u32 = 4;
+    /// Gives the packet to user space.
+    pub const PUNT: u32 = 5;
+    /// Reads what was inside a hand-off.
+    pub const INNER: u32 = 6;
+    /// How many there are.
+    pub const COUNT: u32 = 7;
+}
+
+/// Programs by their stage; the entry, which is attached, is [`ENTRY`].
+pub const STAGES: [&str; stage::COUNT as usize] = [
+    "phalanx_decide",
+    "phalanx_forward",
+    "phalanx_hand_off",
+    "phalanx_open",
+    "phalanx_reply",
+    "phalanx_punt",
+    "phalanx_inner",
+];
+/// The program that is attached.
+pub const ENTRY: &str = "phalanx";
+/// The program that changes flows for the daemon; run by `BPF_PROG_TEST_RUN`.
+pub const APPLY: &str = "phalanx_apply";
+
+/// A change of one flow that the daemon asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Change {
+    /// The flow.
+    pub key: FlowKey,
+    /// See [`change`].
+    pub what: u32,
+    /// Of PROTECT.
+    pub update: u32,
+    /// Of STAMP, PROTECT and REMOVE.
+    pub birth: u64,
+    /// Of TOUCH and REMOVE, in milliseconds of the program's clock.
+    pub seen_ms: u64,
+}
+
+const _: () = assert!(size_of::<Change>() == 64);
+
+/// Kinds of [`Change`].
+pub mod change {
+    /// Give the entry its birth if it has none.
+    pub const STAMP: u32 = 1;
+    /// Mark it as acknowledged if birth and update are these.
+    pub const PROTECT: u32 = 2;
+    /// It was seen then.
+    pub const TOUCH: u32 = 3;
+    /// Remove it if it has this birth (or any for 0) and was not seen since.
+    pub const REMOVE: u32 = 4;
+}
+
+/// Changes in one run of [`APPLY`].
+pub const MAX_CHANGES: usize = 32;
+
+#[cfg(not(target_arch = "bpf"))]
+impl Change {
+    /// As bytes, in the kernel's order.
+    pub fn to_bytes(self) -> [u8; size_of::<Self>()] {
+        // SAFETY: `#[repr(C)]` of numbers without implicit padding: 40 + 4 + 4 + 8 + 8.
+        unsafe { core::mem::transmute(self) }
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+impl RawEvent {
+    /// Reads one; `None` for a ring that is not ours.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let bytes = bytes.get(..size_of::<Self>())?;
+        // SAFETY: as many bytes as it has, and every bit pattern of numbers is a value.
+        Some(unsafe { core::ptr::read_unaligned(bytes.as_ptr().cast()) })
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+impl Punt {
+    /// Reads one; `None` for a ring that is not ours.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let bytes = bytes.get(..size_of::<Self>())?;
+        // SAFETY: as above.
+        Some(unsafe { core::ptr::read_unaligned(bytes.as_ptr().cast()) })
+    }
+}

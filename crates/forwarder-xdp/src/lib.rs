@@ -1,0 +1,613 @@
+//! A forwarder in the kernel: the whole decision as an XDP program, for IPv4 and IPv6.
+//!
+//! ```text
+//!  daemon ── install, next hops ──► Writer ──► maps: two plans, one word says which ──┐
+//!         ── lease, upsert, stamp ───────────► maps, phalanx_apply ──────────────────┐│
+//!         ◄─ events ─────────────────────────── ring ◄── phalanx_decide ◄── phalanx ◄┴┴─ packets
+//!         ◄─ too big, TTL, handed-off pings ─── ring ◄── phalanx_punt
+//! ```
+//! The flow table is a map of the kernel's. With a pin directory it outlives the process, and so do the programs: a daemon that was
+//! killed and comes back adopts both.
+//!
+//! Invariant: `crates/flow` decides, in the kernel as everywhere; this crate puts tables where the program reads them.
+
+pub mod abi;
+mod error;
+mod map;
+mod maps;
+pub mod object;
+mod pass;
+mod pins;
+mod punts;
+mod writer;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use aya::maps::{MapData, RingBuf};
+use aya::programs::{TestRun, TestRunOptions, Xdp};
+use phalanx_flow::{
+    BackendId, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, MemberSlot, Record,
+    Version, flow_hash,
+};
+use phalanx_forwarder::engine::{CompiledPlan, Engine, TableLimits};
+use phalanx_forwarder::{
+    Counters, Drop as Reason, Forwarder, InstallError, NextHops, Plan, RowSet, SendError, Upserted, rewrite,
+};
+
+use abi::{Change, EVENT_ECHO, MAX_CHANGES, RawEvent, change, drops};
+pub use error::StartError;
+use maps::{Maps, now_ms};
+pub use pass::attach_pass;
+pub use pins::detach;
+use writer::{Names, Writer};
+
+/// How often the tables are searched for entries whose time is over.
+const SCAN_EVERY_MS: u64 = 1_000;
+/// How long a flow is kept after its last packet when its service has gone from the configuration.
+const ORPHAN_LIFE: Duration = Duration::from_secs(60);
+/// Blocks of the table of slots beyond those of twice the services at the start: room for services that a reload adds.
+const SPARE_SLOT_BLOCKS: u32 = 8;
+/// A count of the flows is used for this long: counting a full table takes tenths of a second.
+const COUNT_EVERY_MS: u64 = 1_000;
+
+const _: () = assert!(
+    drops::MALFORMED == Reason::Malformed as usize
+        && drops::NO_NEXT_HOP == Reason::NoNextHop as usize
+        && drops::BAD_COOKIE == Reason::BadCookie as usize
+        && drops::BAD_HANDOFF == Reason::BadHandoff as usize
+        && drops::FRAGMENT == Reason::Fragment as usize
+        && drops::NO_SERVICE == Reason::NoService as usize
+        && drops::TRANSMIT == Reason::Transmit as usize
+);
+
+/// What an [`XdpForwarder`] needs to know before its first plan.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The interfaces to receive on. It sends on whatever interface the next hops name.
+    pub interfaces: Vec<String>,
+    /// Sizes of the tables. They are allocated at the start.
+    pub limits: TableLimits,
+    /// Our end of the hand-off tunnels: that of the local member in every plan.
+    pub data_address: IpAddr,
+    /// Where link and maps are pinned, below a BPF file system; one directory a member. `None`: they end with the process.
+    pub pins: Option<PathBuf>,
+    /// Another object than the one compiled in.
+    pub object: Option<PathBuf>,
+}
+
+/// A running forwarder. It stops when it is dropped, unless it was told to [leave](Self::leave_attached) things as they are.
+pub struct XdpForwarder {
+    engine: Arc<Engine>,
+    maps: Arc<Maps>,
+    names: Arc<RwLock<Names>>,
+    writer: Mutex<Writer>,
+    events: Mutex<RingBuf<MapData>>,
+    echoes: Mutex<Vec<u64>>,
+    scan: Mutex<Scan>,
+    counted: Mutex<Counted>,
+    cpus: usize,
+    adopted: bool,
+    stop: Arc<AtomicBool>,
+    table_full: AtomicU64,
+    punts: Mutex<Option<JoinHandle<()>>>,
+    attached: Mutex<Option<pins::Attached>>,
+}
+
+/// Where the search for entries whose time is over stands.
+#[derive(Debug, Default)]
+struct Scan {
+    table: usize,
+    cursor: Option<u32>,
+    next_ms: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Counted {
+    until_ms: u64,
+    flows: u64,
+    half_open: u64,
+    cached: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl XdpForwarder {
+    /// Loads the programs, or adopts what is pinned, and attaches them.
+    ///
+    /// What was adopted goes on by its old plan until the first [`Forwarder::install`]; else `plan` is in force from the start.
+    pub fn start(config: &Config, plan: Plan) -> Result<Self, StartError> {
+        let local = plan.members.get(usize::from(plan.local.0));
+        if local.is_some_and(|local| local.address != config.data_address) {
+            return Err(StartError::OtherAddress(config.data_address));
+        }
+        if config.interfaces.is_empty() {
+            return Err(StartError::NoInterfaces);
+        }
+        let slot_blocks = plan.services.len() as u32 * 2 + SPARE_SLOT_BLOCKS;
+        let engine = Arc::new(Engine::new(plan, config.limits)?);
+        let mut loaded = object::load(config, slot_blocks)?;
+        let maps = Maps::open(&loaded.ebpf).map_err(|error| StartError::system("open maps", error))?;
+        let mut adopted = false;
+        let (mut writer, mut names) = (Writer::new(&maps), Names::default());
+        if loaded.adopted {
+            let (old_writer, old_names, header) =
+                Writer::adopt(&maps).map_err(|error| StartError::system("adopt the tables", error))?;
+            if header.seed == engine.plan().plan.seed.0 {
+                (writer, names) = (old_writer, old_names);
+                adopted = true;
+            } else {
+                tracing::warn!("the pinned tables are of another hash seed: their flows are forgotten");
+                for table in [&maps.flows, &maps.half_open, &maps.cache] {
+                    clear(table);
+                }
+                writer = old_writer;
+            }
+        }
+        if !adopted {
+            writer.write(&maps, &mut names, &engine.plan(), &engine.next_hops())?;
+        }
+        let events = maps::ring(&mut loaded.ebpf, "EVENTS")
+            .map_err(|error| StartError::system("open events", error))?;
+        let punts =
+            maps::ring(&mut loaded.ebpf, "PUNTS").map_err(|error| StartError::system("open punts", error))?;
+        let attached = pins::attach(config, loaded)?;
+        let maps = Arc::new(maps);
+        let names = Arc::new(RwLock::new(names));
+        let stop = Arc::new(AtomicBool::new(false));
+        let worker = punts::Worker {
+            ring: punts,
+            engine: Arc::clone(&engine),
+            names: Arc::clone(&names),
+            stop: Arc::clone(&stop),
+        };
+        let punts = std::thread::Builder::new()
+            .name("phalanx-punts".to_owned())
+            .spawn(move || worker.run())
+            .map_err(|error| StartError::system("start a thread", error))?;
+        Ok(Self {
+            engine,
+            maps,
+            names,
+            writer: Mutex::new(writer),
+            events: Mutex::new(events),
+            echoes: Mutex::default(),
+            scan: Mutex::default(),
+            counted: Mutex::default(),
+            cpus: aya::util::nr_cpus().map_err(|(_, error)| StartError::system("count CPUs", error))?,
+            adopted,
+            stop,
+            table_full: AtomicU64::new(0),
+            punts: Mutex::new(Some(punts)),
+            attached: Mutex::new(Some(attached)),
+        })
+    }
+
+    /// Whether flows and plan of an earlier process were adopted.
+    pub fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// The program that is attached, for `BPF_PROG_TEST_RUN`: what it returns for a frame, and the frame then.
+    pub fn test_run(&self, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+        let attached = lock(&self.attached);
+        let Some(attached) = attached.as_ref() else { return Err(io::ErrorKind::NotConnected.into()) };
+        run(attached.program(abi::ENTRY)?, frame)
+    }
+
+    /// Ends this handle and leaves programs and tables as they are; only of use with pins.
+    pub fn leave_attached(self) {
+        if let Some(attached) = lock(&self.attached).take() {
+            attached.keep();
+        }
+    }
+
+    /// Detaches the programs and forgets the tables. Again does nothing.
+    pub fn shutdown(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = lock(&self.punts).take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread for packets from the kernel had panicked");
+        }
+        if let Some(attached) = lock(&self.attached).take() {
+            attached.remove();
+        }
+    }
+
+    fn write(&self) -> Result<(), InstallError> {
+        let mut writer = lock(&self.writer);
+        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        writer.write(&self.maps, &mut names, &self.engine.plan(), &self.engine.next_hops())
+    }
+
+    /// Has the kernel make changes of flows; which of them were made.
+    fn change(&self, changes: &[Change]) -> Vec<bool> {
+        let mut made = Vec::with_capacity(changes.len());
+        let attached = lock(&self.attached);
+        let apply =
+            attached.as_ref().ok_or(io::ErrorKind::NotConnected.into()).and_then(|it| it.program(abi::APPLY));
+        for changes in changes.chunks(MAX_CHANGES) {
+            let mut bytes = Vec::with_capacity(size_of_val(changes));
+            for change in changes {
+                bytes.extend_from_slice(&change.to_bytes());
+            }
+            let answer = match &apply {
+                Ok(program) => run(program, &bytes),
+                Err(error) => Err(error.kind().into()),
+            };
+            match answer {
+                Ok((_, answer)) => {
+                    made.extend(answer.chunks_exact(size_of::<Change>()).map(|change| change[40] == 1))
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the kernel makes no changes of flows");
+                    made.extend(changes.iter().map(|_| false));
+                }
+            }
+        }
+        made
+    }
+
+    fn record(&self, names: &Names, key: &FlowKey, entry: &FlowEntry, now_ms: u64) -> Option<Record> {
+        Some(Record {
+            key: *key,
+            backend: names.name(entry.backend)?,
+            birth: entry.birth,
+            update: entry.update,
+            state: entry.flow_state(),
+            flags: entry.flags,
+            idle_ms: u32::try_from(now_ms.saturating_sub(entry.last_seen_ms)).unwrap_or(u32::MAX),
+        })
+    }
+
+    fn upsert_one(&self, names: &Names, record: &Record, now_ms: u64) -> Upserted {
+        let Some(backend) = names.number(&record.backend) else { return Upserted::UnknownBackend };
+        let mut entry = entry_of(record, backend, now_ms);
+        let known = self.maps.entry(&record.key);
+        if let Some((current, _)) = &known {
+            if !is_replaced(names, current, record) {
+                return Upserted::Stale;
+            }
+            entry.last_seen_ms = entry.last_seen_ms.max(current.last_seen_ms);
+        }
+        let _ = self.maps.cache.delete(&record.key);
+        if self.maps.put(&record.key, &entry, known.map(|(_, established)| established)) {
+            Upserted::Applied
+        } else {
+            self.table_full.fetch_add(1, Ordering::Relaxed);
+            Upserted::Full
+        }
+    }
+
+    /// Searches a share of the tables for entries whose time is over.
+    fn find_expired(&self, events: &mut Vec<FlowEvent>) {
+        let mut scan = lock(&self.scan);
+        let now_ms = now_ms();
+        if now_ms < scan.next_ms {
+            return;
+        }
+        let plan = self.engine.plan();
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let table = [&self.maps.flows, &self.maps.half_open, &self.maps.cache][scan.table];
+        let cached = scan.table == 2;
+        let mut over = Vec::new();
+        let next = table.batch(scan.cursor, &mut |key, entry| {
+            let life = life(&plan, key, entry, cached);
+            if now_ms.saturating_sub(entry.last_seen_ms) > life.as_millis() as u64 {
+                over.push((*key, *entry));
+            }
+        });
+        for (key, entry) in over {
+            if cached {
+                let _ = table.delete(&key);
+            } else if let Some(record) = self.record(&names, &key, &entry, now_ms) {
+                events.push(FlowEvent { kind: FlowEventKind::Expired, at_once: false, record });
+            } else {
+                let _ = table.delete(&key);
+            }
+        }
+        scan.cursor = next.unwrap_or(None);
+        if scan.cursor.is_none() {
+            scan.table = (scan.table + 1) % 3;
+            if scan.table == 0 {
+                scan.next_ms = now_ms + SCAN_EVERY_MS;
+            }
+        }
+    }
+
+    fn counted(&self) -> Counted {
+        let mut counted = lock(&self.counted);
+        let now_ms = now_ms();
+        if now_ms >= counted.until_ms {
+            let count = |table: &map::Map<FlowKey, FlowEntry>| {
+                let mut count = 0_u64;
+                let _ = table.each(&mut |_, _| count += 1);
+                count
+            };
+            *counted = Counted {
+                flows: count(&self.maps.flows),
+                half_open: count(&self.maps.half_open),
+                cached: count(&self.maps.cache),
+                until_ms: 0,
+            };
+            // A small table is counted each time.
+            if counted.flows + counted.half_open + counted.cached > 10_000 {
+                counted.until_ms = now_ms + COUNT_EVERY_MS;
+            }
+        }
+        *counted
+    }
+}
+
+impl Drop for XdpForwarder {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+fn clear(table: &map::Map<FlowKey, FlowEntry>) {
+    let mut keys = Vec::new();
+    let _ = table.each(&mut |key, _| keys.push(*key));
+    for key in keys {
+        let _ = table.delete(&key);
+    }
+}
+
+/// Runs a program once over `bytes`.
+fn run(program: &Xdp, bytes: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    let mut out = vec![0; bytes.len() + 512];
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(bytes);
+    options.data_out = Some(&mut out);
+    let result = program.test_run(options).map_err(io::Error::other)?;
+    out.truncate(result.data_size_out as usize);
+    Ok((result.return_value, out))
+}
+
+fn life(plan: &CompiledPlan, key: &FlowKey, entry: &FlowEntry, cached: bool) -> Duration {
+    plan.service_of(key).map_or(ORPHAN_LIFE, |service| match entry.flow_state() {
+        _ if cached => service.idle,
+        FlowState::HalfOpen => service.half_open,
+        FlowState::Established => service.idle,
+        FlowState::Closing => service.linger,
+        FlowState::Reset => service.reset_linger,
+    })
+}
+
+fn entry_of(record: &Record, backend: phalanx_flow::BackendIndex, now_ms: u64) -> FlowEntry {
+    let seen_ms = now_ms.saturating_sub(u64::from(record.idle_ms));
+    FlowEntry {
+        birth: record.birth,
+        last_seen_ms: seen_ms,
+        last_reported_ms: seen_ms,
+        update: record.update,
+        backend,
+        state: record.state as u8,
+        flags: record.flags.with(FlowFlags::PROTECTED, false),
+        reserved: [0; 6],
+    }
+}
+
+fn is_replaced(names: &Names, current: &FlowEntry, record: &Record) -> bool {
+    let version = Version {
+        recovered: current.flags.has(FlowFlags::RECOVERED),
+        live: current.flow_state().is_live(),
+        birth: current.birth,
+        update: current.update,
+    };
+    let backends = names
+        .name(current.backend)
+        .map_or(std::cmp::Ordering::Greater, |backend| backend.cmp(&record.backend));
+    version.is_replaced_by(record.version(), backends)
+}
+
+impl Forwarder for XdpForwarder {
+    fn install(&self, plan: Plan) -> Result<(), InstallError> {
+        if plan.members.len() > abi::MAX_MEMBERS as usize {
+            return Err(InstallError::Inconsistent(format!("more than {} members", abi::MAX_MEMBERS)));
+        }
+        self.engine.install(plan)?;
+        self.write()
+    }
+
+    fn set_next_hops(&self, next_hops: NextHops) {
+        if *self.engine.next_hops() == next_hops {
+            return;
+        }
+        self.engine.set_next_hops(next_hops);
+        if let Err(error) = self.write() {
+            tracing::error!(%error, "the kernel did not take the next hops");
+        }
+    }
+
+    fn renew_lease(&self, term: Duration) {
+        let until_ms = if term.is_zero() { 0 } else { now_ms() + term.as_millis() as u64 };
+        if let Err(error) = self.maps.lease.put(&0, &until_ms) {
+            tracing::error!(%error, "the lease was not renewed");
+        }
+    }
+
+    fn upsert(&self, records: &[Record]) -> Vec<Upserted> {
+        let now_ms = now_ms();
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        records.iter().map(|record| self.upsert_one(&names, record, now_ms)).collect()
+    }
+
+    fn remove(&self, key: &FlowKey, birth: u64, min_idle: Duration) -> bool {
+        let seen_ms = now_ms().saturating_sub(min_idle.as_millis() as u64);
+        self.change(&[Change { key: *key, what: change::REMOVE, update: 0, birth, seen_ms }]) == [true]
+    }
+
+    fn stamp(&self, key: &FlowKey, birth: u64) -> bool {
+        self.change(&[Change { key: *key, what: change::STAMP, update: 0, birth, seen_ms: 0 }]) == [true]
+    }
+
+    fn protect(&self, key: &FlowKey, birth: u64, update: u32) {
+        self.change(&[Change { key: *key, what: change::PROTECT, update, birth, seen_ms: 0 }]);
+    }
+
+    fn touch(&self, flows: &[(FlowKey, u32)]) {
+        let now_ms = now_ms();
+        let changes: Vec<Change> = flows
+            .iter()
+            .map(|(key, idle_ms)| Change {
+                key: *key,
+                what: change::TOUCH,
+                update: 0,
+                birth: 0,
+                seen_ms: now_ms.saturating_sub(u64::from(*idle_ms)),
+            })
+            .collect();
+        self.change(&changes);
+    }
+
+    fn upsert_cache(&self, records: &[Record]) {
+        let now_ms = now_ms();
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        for record in records {
+            let Some(backend) = names.number(&record.backend) else { continue };
+            if self.maps.entry(&record.key).is_some() {
+                continue;
+            }
+            let current = self.maps.cache.get(&record.key).ok().flatten();
+            if current.is_none_or(|current| is_replaced(&names, &current, record)) {
+                let _ = self.maps.cache.put(&record.key, &entry_of(record, backend, now_ms));
+            }
+        }
+    }
+
+    fn remove_cache(&self, keys: &[FlowKey]) {
+        for key in keys {
+            let _ = self.maps.cache.delete(key);
+        }
+    }
+
+    fn flush_cache(&self) -> Vec<Record> {
+        let now_ms = now_ms();
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let mut found = HashMap::new();
+        let _ = self.maps.cache.each(&mut |key, entry| {
+            found.insert(*key, *entry);
+        });
+        let mut records = Vec::with_capacity(found.len());
+        for (key, entry) in found {
+            let _ = self.maps.cache.delete(&key);
+            records.extend(self.record(&names, &key, &entry, now_ms));
+        }
+        records
+    }
+
+    fn get(&self, key: &FlowKey) -> Option<Record> {
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let (entry, _) = self.maps.entry(key)?;
+        self.record(&names, key, &entry, now_ms())
+    }
+
+    fn visit(&self, rows: &RowSet, show: &mut dyn FnMut(&Record)) {
+        let plan = self.engine.plan();
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let now_ms = now_ms();
+        for table in [&self.maps.flows, &self.maps.half_open] {
+            let read = table.each(&mut |key, entry| {
+                let row = plan.plan.row_function.row_of(key, flow_hash(plan.plan.seed, key));
+                if rows.contains(row)
+                    && let Some(record) = self.record(&names, key, entry, now_ms)
+                {
+                    show(&record);
+                }
+            });
+            if let Err(error) = read {
+                tracing::error!(%error, "the flow table cannot be read");
+            }
+        }
+    }
+
+    fn poll_events(&self, events: &mut Vec<FlowEvent>, limit: usize) -> bool {
+        let before = events.len();
+        self.find_expired(events);
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let mut ring = lock(&self.events);
+        let now_ms = now_ms();
+        while events.len() - before < limit {
+            let Some(item) = ring.next() else { return false };
+            let Some(event) = RawEvent::from_bytes(&item) else { continue };
+            if event.kind == EVENT_ECHO {
+                lock(&self.echoes).push(event.entry.birth);
+                continue;
+            }
+            if let (Some(kind), Some(record)) =
+                (kind_of(event.kind), self.record(&names, &event.key, &event.entry, now_ms))
+            {
+                events.push(FlowEvent { kind, at_once: event.at_once != 0, record });
+            }
+        }
+        true
+    }
+
+    fn send_echo(&self, to: MemberSlot, token: u64) -> Result<(), SendError> {
+        let frame = rewrite::echo_frame(&self.engine.batch(), to, token)?;
+        Ok(punts::send_frame(frame.interface, &frame.bytes)?)
+    }
+
+    fn poll_echoes(&self, tokens: &mut Vec<u64>) {
+        tokens.append(&mut lock(&self.echoes));
+    }
+
+    fn send_probe(&self, backend: &BackendId, ip_packet: &[u8]) -> Result<(), SendError> {
+        let frame = rewrite::probe_frame(&self.engine.batch(), backend, ip_packet)?;
+        Ok(punts::send_frame(frame.interface, &frame.bytes)?)
+    }
+
+    /// Nothing waits here: the kernel processes a packet when it comes.
+    fn discard_backlog(&self) {}
+
+    /// The program runs whenever a packet comes; whether packets come is for the echoes between members to show.
+    fn idle_for(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn counters(&self) -> Counters {
+        let mut counters = self.engine.read_counters();
+        for cpu in self.maps.counters.per_cpu(self.cpus).unwrap_or_default() {
+            for (sum, value) in counters.outcomes.iter_mut().zip(cpu.outcomes) {
+                *sum += value;
+            }
+            for (sum, value) in counters.drops.iter_mut().zip(cpu.drops) {
+                *sum += value;
+            }
+            counters.handoffs_in += cpu.handoffs_in;
+            counters.table_full += cpu.table_full;
+            counters.events_lost += cpu.events_lost;
+            counters.drops[Reason::RingFull as usize] += cpu.punts_lost;
+            counters.drops[Reason::Transmit as usize] += cpu.faults;
+        }
+        counters.table_full += self.table_full.load(Ordering::Relaxed);
+        let counted = self.counted();
+        counters.flows = counted.flows;
+        counters.half_open = counted.half_open;
+        counters.cached = counted.cached;
+        counters
+    }
+}
+
+fn kind_of(number: u8) -> Option<FlowEventKind> {
+    [
+        FlowEventKind::New,
+        FlowEventKind::Changed,
+        FlowEventKind::Touched,
+        FlowEventKind::Cached,
+        FlowEventKind::Hint,
+        FlowEventKind::Expired,
+    ]
+    .into_iter()
+    .find(|kind| *kind as u8 == number)
+}

@@ -1,0 +1,378 @@
+//! Puts plans into the kernel: written beside the one in force, then switched to by one word.
+//!
+//! Tables that have not changed are not written again: blocks of rows and slots are known by the plan's `Arc`s.
+//! Backends have numbers of the kernel's own, kept for as long as the tables live, so that flows that an earlier process recorded
+//! still mean what they meant.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use phalanx_flow::hash::RowFunction;
+use phalanx_flow::key::octets;
+use phalanx_flow::member::Liveness;
+use phalanx_flow::{BackendId, BackendIndex, Row};
+use phalanx_forwarder::engine::CompiledPlan;
+use phalanx_forwarder::{InstallError, NextHop, NextHops, Plan, SlotSet};
+
+use crate::abi::{
+    Backend, CRC8_ROWS, Header, Hop, MAX_BACKENDS, MAX_MEMBERS, Member, MemberKey, NO_BLOCK, ROW_BLOCKS,
+    ROWS, SLOTS, ServiceKey, ServiceValue, UNSETTLED,
+};
+use crate::maps::Maps;
+
+/// Names of the kernel's backends by their numbers.
+#[derive(Debug, Default)]
+pub(crate) struct Names {
+    by_number: Vec<BackendId>,
+    by_name: HashMap<BackendId, u32>,
+}
+
+impl Names {
+    pub(crate) fn name(&self, index: BackendIndex) -> Option<BackendId> {
+        self.by_number.get(index.0 as usize).copied()
+    }
+
+    pub(crate) fn number(&self, name: &BackendId) -> Option<BackendIndex> {
+        self.by_name.get(name).copied().map(BackendIndex)
+    }
+
+    fn add(&mut self, name: BackendId) -> Option<u32> {
+        if let Some(number) = self.by_name.get(&name) {
+            return Some(*number);
+        }
+        let number = u32::try_from(self.by_number.len()).ok().filter(|number| *number < MAX_BACKENDS)?;
+        self.by_number.push(name);
+        self.by_name.insert(name, number);
+        Some(number)
+    }
+}
+
+type SlotsKey = (Arc<[BackendIndex]>, Option<Arc<SlotSet>>);
+
+/// What is in a block.
+#[derive(Debug)]
+enum Block<T> {
+    Free,
+    /// Written by an earlier process.
+    Unknown,
+    Holds(T),
+}
+
+/// What is written where.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    active: u32,
+    rows: Vec<Block<Arc<[Row]>>>,
+    slots: Vec<Block<SlotsKey>>,
+    /// Blocks that the plan in force reads.
+    rows_in_force: Vec<u32>,
+    slots_in_force: Vec<u32>,
+    /// Keys that each of the two plans has.
+    services: [Vec<ServiceKey>; 2],
+    members: [Vec<MemberKey>; 2],
+}
+
+fn refused(table: &'static str) -> impl FnOnce(io::Error) -> InstallError {
+    move |source| InstallError::Kernel { table, source }
+}
+
+impl Writer {
+    /// For empty maps.
+    pub(crate) fn new(maps: &Maps) -> Self {
+        Self {
+            active: 0,
+            rows: (0..ROW_BLOCKS).map(|_| Block::Free).collect(),
+            slots: (0..maps.slot_blocks).map(|_| Block::Free).collect(),
+            rows_in_force: Vec::new(),
+            slots_in_force: Vec::new(),
+            services: [Vec::new(), Vec::new()],
+            members: [Vec::new(), Vec::new()],
+        }
+    }
+
+    /// For maps that an earlier process left: what they say stays in force until the first plan.
+    pub(crate) fn adopt(maps: &Maps) -> io::Result<(Self, Names, Header)> {
+        let mut writer = Self::new(maps);
+        writer.active = maps.active.get(&0)?.unwrap_or(0) & 1;
+        let header = maps.headers.get(&writer.active)?.ok_or(io::ErrorKind::NotFound)?;
+        writer.rows_in_force =
+            [header.rows, header.previous].into_iter().filter(|block| *block < ROW_BLOCKS).collect();
+        maps.services.each(&mut |key, value| {
+            writer.services[usize::from(key.plan & 1)].push(*key);
+            if u32::from(key.plan) == writer.active && value.block < maps.slot_blocks {
+                writer.slots_in_force.push(value.block);
+            }
+        })?;
+        maps.member_slots.each(&mut |key, _| writer.members[(key.plan & 1) as usize].push(*key))?;
+        for block in &writer.rows_in_force {
+            writer.rows[*block as usize] = Block::Unknown;
+        }
+        for block in &writer.slots_in_force {
+            writer.slots[*block as usize] = Block::Unknown;
+        }
+        let mut names = Names::default();
+        for index in 0..MAX_BACKENDS {
+            let Some(backend) = maps.backends.get(&(writer.active * MAX_BACKENDS + index))? else { break };
+            if backend.family == 0 {
+                break;
+            }
+            names.add(name_of(&backend));
+        }
+        Ok((writer, names, header))
+    }
+
+    /// Writes a plan and switches to it.
+    pub(crate) fn write(
+        &mut self,
+        maps: &Maps,
+        names: &mut Names,
+        compiled: &CompiledPlan,
+        next_hops: &NextHops,
+    ) -> Result<(), InstallError> {
+        let plan = &compiled.plan;
+        let next = self.active ^ 1;
+        // Packets that still read what is overwritten now have ended once this returns.
+        wait_for_packets();
+        let rows = self.rows_block(maps, &plan.rows, &[])?;
+        let previous = match &plan.previous {
+            Some(previous) => self.rows_block(maps, previous, &[rows])?,
+            None => NO_BLOCK,
+        };
+        let numbers = self.write_backends(maps, names, plan, next_hops, next)?;
+        self.write_members(maps, plan, next_hops, next)?;
+        let blocks = self.write_services(maps, plan, &numbers, next)?;
+
+        let (local_address, local_family) = compiled.local_address();
+        let header = Header {
+            seed: plan.seed.0,
+            view_digest: plan.view_digest,
+            cookies: [plan.handoff.cookie, plan.handoff.old_cookie.unwrap_or(plan.handoff.cookie)],
+            local_address,
+            rows,
+            previous,
+            row_mask: match plan.row_function {
+                RowFunction::Rendezvous { mask } => mask,
+                RowFunction::Crc8 => CRC8_ROWS,
+            },
+            local_slot: plan.local.0,
+            handoff_port_be: plan.handoff.port.to_be_bytes(),
+            local_family,
+            reserved: [0; 7],
+        };
+        maps.headers.put(&next, &header).map_err(refused("HEADERS"))?;
+        maps.active.put(&0, &next).map_err(refused("ACTIVE"))?;
+        self.active = next;
+        self.rows_in_force = [rows, previous].into_iter().filter(|block| *block != NO_BLOCK).collect();
+        self.slots_in_force = blocks;
+        Ok(())
+    }
+
+    /// The block that has these rows; written if none has.
+    fn rows_block(&mut self, maps: &Maps, rows: &Arc<[Row]>, taken: &[u32]) -> Result<u32, InstallError> {
+        let held = |block: &Block<Arc<[Row]>>| matches!(block, Block::Holds(held) if Arc::ptr_eq(held, rows));
+        if let Some(at) = self.rows.iter().position(held) {
+            return Ok(at as u32);
+        }
+        let free = (0..ROW_BLOCKS).find(|at| !self.rows_in_force.contains(at) && !taken.contains(at));
+        // Two are in force at the most, one is taken, and there are four.
+        let at = free.unwrap_or(ROW_BLOCKS - 1);
+        let keys: Vec<u32> = (at * ROWS..).take(rows.len()).collect();
+        self.rows[at as usize] = Block::Free;
+        maps.rows.put_all(&keys, rows).map_err(refused("ROW_TABLE"))?;
+        self.rows[at as usize] = Block::Holds(Arc::clone(rows));
+        Ok(at)
+    }
+
+    /// Writes the backends, and says which number each of the plan's has.
+    fn write_backends(
+        &self,
+        maps: &Maps,
+        names: &mut Names,
+        plan: &Plan,
+        next_hops: &NextHops,
+        next: u32,
+    ) -> Result<Vec<u32>, InstallError> {
+        // What the plan does not name keeps what it had: flows may still go there.
+        let known = names.by_number.len() as u32;
+        let mut table: Vec<Backend> = Vec::with_capacity(known as usize);
+        for number in 0..known {
+            let old =
+                maps.backends.get(&(self.active * MAX_BACKENDS + number)).map_err(refused("BACKENDS"))?;
+            table.push(old.unwrap_or_default());
+        }
+        let mut numbers = Vec::with_capacity(plan.backends.len());
+        for (index, backend) in plan.backends.iter().enumerate() {
+            let Some(number) = names.add(backend.id) else {
+                return Err(InstallError::Inconsistent(format!(
+                    "more than {MAX_BACKENDS} backends since the tables were made; they need a restart without them"
+                )));
+            };
+            let written = Backend {
+                address: backend.id.address,
+                source: octets(backend.source).0,
+                hop: hop(next_hops.backends.get(index).copied().flatten()),
+                port_be: backend.id.port,
+                method: backend.id.method,
+                family: backend.id.family,
+            };
+            if table.len() <= number as usize {
+                table.resize(number as usize + 1, Backend::default());
+            }
+            table[number as usize] = written;
+            numbers.push(number);
+        }
+        let keys: Vec<u32> = (next * MAX_BACKENDS..).take(table.len()).collect();
+        maps.backends.put_all(&keys, &table).map_err(refused("BACKENDS"))?;
+        Ok(numbers)
+    }
+
+    fn write_members(
+        &mut self,
+        maps: &Maps,
+        plan: &Plan,
+        next_hops: &NextHops,
+        next: u32,
+    ) -> Result<(), InstallError> {
+        if plan.members.len() > MAX_MEMBERS as usize {
+            return Err(InstallError::Inconsistent(format!("more than {MAX_MEMBERS} members")));
+        }
+        for key in std::mem::take(&mut self.members[next as usize]) {
+            maps.member_slots.delete(&key).map_err(refused("MEMBER_SLOTS"))?;
+        }
+        let mut table = Vec::with_capacity(plan.members.len() + 1);
+        for (slot, member) in plan.members.iter().enumerate() {
+            let (address, family) = octets(member.address);
+            table.push(Member {
+                address,
+                id: member.id.0,
+                hop: hop(next_hops.members.get(slot).copied().flatten()),
+                liveness: member.liveness as u8,
+                family,
+                reserved: [0; 2],
+            });
+            let key = MemberKey { id: member.id.0, plan: next };
+            maps.member_slots.put(&key, &(slot as u32)).map_err(refused("MEMBER_SLOTS"))?;
+            self.members[next as usize].push(key);
+        }
+        // No row names a slot behind the last one; whatever stands there is down.
+        if table.len() < MAX_MEMBERS as usize {
+            table.push(Member { liveness: Liveness::Down as u8, ..Member::default() });
+        }
+        let keys: Vec<u32> = (next * MAX_MEMBERS..).take(table.len()).collect();
+        maps.members.put_all(&keys, &table).map_err(refused("MEMBERS"))
+    }
+
+    /// Writes the services and those of their tables that are new; returns the blocks in use.
+    fn write_services(
+        &mut self,
+        maps: &Maps,
+        plan: &Plan,
+        numbers: &[u32],
+        next: u32,
+    ) -> Result<Vec<u32>, InstallError> {
+        for key in std::mem::take(&mut self.services[next as usize]) {
+            maps.services.delete(&key).map_err(refused("SERVICES"))?;
+        }
+        let mut blocks = Vec::with_capacity(plan.services.len());
+        for (index, service) in (0_u32..).zip(&plan.services) {
+            let block =
+                self.slots_block(maps, &service.slots, service.unsettled.as_ref(), numbers, &blocks)?;
+            blocks.push(block);
+            let (address, _) = octets(service.address);
+            let key = ServiceKey {
+                address,
+                port_be: service.port.to_be_bytes(),
+                protocol: service.protocol,
+                plan: next as u8,
+            };
+            let value = ServiceValue {
+                block,
+                idle_ms: u32::try_from(service.idle.as_millis()).unwrap_or(u32::MAX),
+                index,
+                replicate_syn: u32::from(service.replicate_syn),
+            };
+            let alone = ServiceKey { port_be: [0; 2], protocol: 0, ..key };
+            for (key, value) in [(key, value), (alone, ServiceValue { block: NO_BLOCK, ..value })] {
+                maps.services.put(&key, &value).map_err(refused("SERVICES"))?;
+                self.services[next as usize].push(key);
+            }
+        }
+        Ok(blocks)
+    }
+
+    fn slots_block(
+        &mut self,
+        maps: &Maps,
+        slots: &Arc<[BackendIndex]>,
+        unsettled: Option<&Arc<SlotSet>>,
+        numbers: &[u32],
+        taken: &[u32],
+    ) -> Result<u32, InstallError> {
+        let held = |block: &Block<SlotsKey>| match block {
+            Block::Holds((table, set)) => {
+                Arc::ptr_eq(table, slots)
+                    && match (set, unsettled) {
+                        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+                        (None, None) => true,
+                        _ => false,
+                    }
+            }
+            Block::Free | Block::Unknown => false,
+        };
+        if let Some(at) = self.slots.iter().position(held) {
+            return Ok(at as u32);
+        }
+        let free = (0..maps.slot_blocks).find(|at| !self.slots_in_force.contains(at) && !taken.contains(at));
+        let Some(at) = free else {
+            return Err(InstallError::Inconsistent(
+                "more services than the tables were made for; they need a restart".to_owned(),
+            ));
+        };
+        let values: Vec<u32> = slots
+            .iter()
+            .enumerate()
+            .map(|(slot, index)| {
+                let number = numbers.get(index.0 as usize).copied().unwrap_or(!UNSETTLED);
+                let mark = unsettled.is_some_and(|set| set.contains(slot as u16));
+                number | if mark { UNSETTLED } else { 0 }
+            })
+            .collect();
+        let keys: Vec<u32> = (at * SLOTS..).take(values.len()).collect();
+        self.slots[at as usize] = Block::Free;
+        maps.slots.put_all(&keys, &values).map_err(refused("SLOT_TABLE"))?;
+        self.slots[at as usize] = Block::Holds((Arc::clone(slots), unsettled.cloned()));
+        Ok(at)
+    }
+}
+
+fn name_of(backend: &Backend) -> BackendId {
+    BackendId {
+        address: backend.address,
+        port: backend.port_be,
+        method: backend.method,
+        family: backend.family,
+    }
+}
+
+fn hop(next_hop: Option<NextHop>) -> Hop {
+    next_hop.map_or_else(Hop::default, |next_hop| Hop {
+        interface: next_hop.interface,
+        mtu: next_hop.mtu,
+        source_mac: next_hop.source_mac,
+        destination_mac: next_hop.destination_mac,
+        reserved: [0; 2],
+    })
+}
+
+/// Returns when every packet that was being processed has been.
+fn wait_for_packets() {
+    // MEMBARRIER_CMD_GLOBAL waits for an RCU grace period (`kernel/sched/membarrier.c`), and a program runs within one.
+    const GLOBAL: libc::c_int = 1;
+    // SAFETY: no pointers.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
+    if result < 0 {
+        // Not to be had with `nohz_full`; a packet takes microseconds.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}

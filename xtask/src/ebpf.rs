@@ -1,0 +1,124 @@
+//! `cargo xtask ebpf`: builds, checks and shows the program that the kernel runs.
+//!
+//! Its toolchain is one of its own, and stable cargo does without it because the object is committed:
+//! a compiler with the target's core library (Debian: `rustc-web`, `libstd-rust-web-dev-bpf`), `bpf-linker` 0.13 (feature `llvm-22`)
+//! and `llvm-objcopy` 22.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Subcommand;
+use phalanx_forwarder_xdp::object::source_digest;
+
+/// The target: little-endian.
+const TARGET: &str = "bpfel-unknown-none";
+/// Where the crate is, and the object in it.
+const CRATE: &str = "crates/forwarder-xdp";
+
+/// What to do with the program.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub(crate) enum Task {
+    /// Build the object and put it in its place.
+    Build,
+    /// Build it, and say whether the committed one is the same.
+    Check,
+    /// Show the committed object's instructions.
+    Disasm,
+}
+
+/// Does it.
+pub(crate) fn run(task: Task, root: &Path) -> Result<()> {
+    let object = root.join(CRATE).join("phalanx-xdp.o");
+    let sources = root.join(CRATE).join("phalanx-xdp.sources");
+    match task {
+        Task::Build => {
+            fs::write(&object, build(root)?)?;
+            fs::write(&sources, source_digest(root)?)?;
+            println!("{} bytes in {}", fs::metadata(&object)?.len(), object.display());
+        }
+        Task::Check => {
+            if fs::read_to_string(&sources)? != source_digest(root)? {
+                bail!("the sources have changed since the object was built: cargo xtask ebpf build");
+            }
+            if fs::read(&object)? != build(root)? {
+                bail!(
+                    "the object is not what these sources build to: another toolchain, or cargo xtask ebpf build"
+                );
+            }
+            println!("the object is what its sources build to");
+        }
+        Task::Disasm => {
+            let tool = tool("PHALANX_OBJDUMP", "/usr/lib/llvm-22/bin/llvm-objdump", "llvm-objdump");
+            let status = Command::new(tool).arg("-d").arg("--no-show-raw-insn").arg(&object).status()?;
+            if !status.success() {
+                bail!("llvm-objdump ended with {status}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A tool: what the environment says, else where Debian has it, else wherever it is found.
+fn tool(variable: &str, usual: &str, name: &str) -> PathBuf {
+    match std::env::var_os(variable) {
+        Some(path) => path.into(),
+        None if Path::new(usual).exists() => usual.into(),
+        None => name.into(),
+    }
+}
+
+fn build(root: &Path) -> Result<Vec<u8>> {
+    let directory = root.join("target/ebpf");
+    let workspace = root.join(CRATE).join("ebpf");
+    let cargo_home = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")));
+    // No path of this machine goes into the object. The flags of .cargo/config.toml do not count beside these.
+    let registry = registry(cargo_home.as_deref().unwrap_or(Path::new("/")))?;
+    let flags = [
+        "-Ctarget-cpu=v3".to_owned(),
+        "-Cdebuginfo=2".to_owned(),
+        "-Clink-arg=--btf".to_owned(),
+        "-Clinker=bpf-linker".to_owned(),
+        format!("--remap-path-prefix={}=.", root.display()),
+        format!("--remap-path-prefix={}=registry", registry.display()),
+    ];
+    let status = Command::new("cargo")
+        .args(["build", "--release", "--locked", "--target", TARGET])
+        .current_dir(&workspace)
+        .env("RUSTC", tool("PHALANX_BPF_RUSTC", "/usr/bin/rustc", "rustc"))
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_RESOLVER_INCOMPATIBLE_RUST_VERSIONS", "fallback")
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+        .env("CARGO_TARGET_DIR", &directory)
+        .env_remove("CARGO_BUILD_BUILD_DIR")
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .status()
+        .context("cannot run cargo")?;
+    if !status.success() {
+        bail!("the program was not built ({status}); its toolchain is described in docs/design/0005-xdp.md");
+    }
+    let built = directory.join(TARGET).join("release/phalanx-xdp");
+    let stripped = directory.join("phalanx-xdp.o");
+    // DWARF is of no use to the kernel, and line information makes half of what is left.
+    let status = Command::new(tool("PHALANX_OBJCOPY", "/usr/lib/llvm-22/bin/llvm-objcopy", "llvm-objcopy"))
+        .args(["--strip-debug", "--remove-section=.BTF.ext", "--remove-section=.rel.BTF.ext"])
+        .args([&built, &stripped])
+        .status()
+        .context("cannot run llvm-objcopy")?;
+    if !status.success() {
+        bail!("llvm-objcopy ended with {status}");
+    }
+    Ok(fs::read(stripped)?)
+}
+
+/// Where cargo unpacks the registry's crates: the directory has a name of its own on every machine.
+fn registry(cargo_home: &Path) -> Result<PathBuf> {
+    let sources = cargo_home.join("registry/src");
+    let mut directories =
+        fs::read_dir(&sources).with_context(|| format!("cannot read {}", sources.display()))?;
+    let first = directories.next().context("cargo has unpacked no crates yet: run cargo fetch")??;
+    Ok(first.path())
+}

@@ -98,7 +98,7 @@ fn build(root: &Path) -> Result<Vec<u8>> {
         .status()
         .context("cannot run cargo")?;
     if !status.success() {
-        bail!("the program was not built ({status}); its toolchain is described in docs/design/0005-xdp.md");
+        bail!("the program was not built ({status}); its toolchain is described in docs/design/0004-xdp.md");
     }
     let built = directory.join(TARGET).join("release/phalanx-xdp");
     let stripped = directory.join("phalanx-xdp.o");

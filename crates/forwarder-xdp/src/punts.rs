@@ -56,7 +56,7 @@ fn carry_out(
     let Some(frame) = punt.frame.get(..punt.length as usize) else { return };
     let verdict = match punt.why {
         punt::ECHO => Verdict::EchoReply,
-        // Not held yet (docs/design/0005-xdp.md): the client's next packet brings the next chance.
+        // Not held yet (docs/design/0004-xdp.md): the client's next packet brings the next chance.
         punt::HOLD => return engine.counters.count_drop(Reason::Fragment),
         _ if punt.member != u16::MAX => Verdict::HandOff(HandOff {
             to: MemberSlot(punt.member),

@@ -169,6 +169,7 @@ type FlowsByBackend = (Instant, HashMap<(IpAddr, u16, BackendId), u64>);
 pub struct Source {
     local: MemberId,
     cluster: String,
+    forwarder_kind: &'static str,
     shared: Arc<Shared>,
     forwarder: Arc<dyn Forwarder>,
     peers: Peers,
@@ -189,6 +190,7 @@ impl Source {
         Self {
             local: config.member.id,
             cluster: config.cluster.name.clone(),
+            forwarder_kind: config.forwarder.kind.as_str(),
             shared,
             forwarder,
             peers,
@@ -499,7 +501,7 @@ impl AdminSource for Source {
         }
         push(&metrics::RELOADS, &["done"], status.counters.reloads);
         push(&metrics::RELOADS, &["refused"], status.counters.reloads_refused);
-        push(&metrics::BUILD_INFO, &[env!("CARGO_PKG_VERSION"), "rawsock"], 1);
+        push(&metrics::BUILD_INFO, &[env!("CARGO_PKG_VERSION"), self.forwarder_kind], 1);
         let started = self.started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         push(&metrics::START_TIME, &[], started.as_secs());
         samples

@@ -369,8 +369,7 @@ impl Control {
             })
             .collect();
         self.peers.set_peers(&peers);
-        let slots =
-            view.members.iter().map(|member| (member.id, self.planner.member_slot(member.id))).collect();
+        let slots = view.members.iter().map(|member| (member.id, self.planner.slot_of(member.id))).collect();
         self.membership.command(Command::Slots(slots));
         self.replicator.handle_view(now, self.view_input(&view));
         if let Some(change) = change {
@@ -553,25 +552,7 @@ impl Control {
 
     /// What new flows of a service go to, by configuration and health; and whether that is all of them for want of a healthy one.
     fn usable(&self, service: &ServiceConfig) -> (Vec<RankedBackend>, bool) {
-        let ids: Vec<BackendId> =
-            service.backends.iter().map(|backend| service.backend_id(backend)).collect();
-        let candidates: Vec<Candidate> = service
-            .backends
-            .iter()
-            .zip(&ids)
-            .map(|(backend, id)| Candidate {
-                weight: backend.effective_weight(),
-                healthy: self.health.get(&(service.name.clone(), *id)).copied().unwrap_or(true),
-            })
-            .collect();
-        let usable = usable_backends(&candidates);
-        let backends = ids
-            .into_iter()
-            .zip(usable.weights)
-            .filter(|(_, weight)| *weight > 0)
-            .map(|(id, weight)| RankedBackend { id, weight })
-            .collect();
-        (backends, usable.fail_open)
+        usable_of(service, |id| self.health.get(&(service.name.clone(), *id)).copied().unwrap_or(true))
     }
 
     /// Brings the backend tables in line with configuration and health; half-open flows in slots that change are replicated first.

@@ -365,16 +365,12 @@ impl Planner {
         }
     }
 
-    fn slot_of(&self, id: MemberId) -> MemberSlot {
+    /// A member's position in the plan.
+    pub fn slot_of(&self, id: MemberId) -> MemberSlot {
         self.members
             .iter()
             .position(|member| member.id == id)
             .map_or(MemberSlot::NONE, |at| MemberSlot(at as u16))
-    }
-
-    /// A member's position in the plan.
-    pub fn member_slot(&self, id: MemberId) -> MemberSlot {
-        self.slot_of(id)
     }
 }
 

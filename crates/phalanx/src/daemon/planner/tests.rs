@@ -96,7 +96,7 @@ fn suspicion_diverts_and_moves_nothing_while_a_confirmation_does() {
     assert!(planner.set_view(&view(1, vec![active(1), doubted, active(3)])).unwrap().is_none());
     let plan = planner.plan();
     assert!(Arc::ptr_eq(&before.rows, &plan.rows), "the table keeps its Arc");
-    assert_eq!(plan.members[usize::from(planner.member_slot(MemberId(2)).0)].liveness, Liveness::Suspect);
+    assert_eq!(plan.members[usize::from(planner.slot_of(MemberId(2)).0)].liveness, Liveness::Suspect);
 
     let change = planner.set_view(&view(2, vec![active(1), active(3)])).unwrap().unwrap();
     assert!(change.departed);
@@ -145,7 +145,7 @@ fn a_leaving_member_ranks_no_more_and_stays_reachable() {
     let change = planner.set_view(&view(2, vec![active(1), leaving, active(3)])).unwrap().unwrap();
     assert!(change.survivors.keeps_state(MemberId(2)), "it sends its transfer tables itself");
     let plan = planner.plan();
-    let slot = planner.member_slot(MemberId(2));
+    let slot = planner.slot_of(MemberId(2));
     assert!(plan.rows.iter().all(|row| !row.ranks.contains(&slot)));
     assert_eq!(plan.members[usize::from(slot.0)].liveness, Liveness::Alive);
 }

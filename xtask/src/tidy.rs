@@ -27,13 +27,18 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("phalanx-forwarder", &["phalanx-flow"]),
     ("phalanx-forwarder-rawsock", &["phalanx-flow", "phalanx-forwarder", "phalanx-netlink"]),
     ("phalanx-forwarder-xdp", &["phalanx-flow", "phalanx-forwarder", "phalanx-netlink"]),
-    ("phalanx-sim", &["phalanx-flow", "phalanx-membership", "phalanx-rebalancer", "phalanx-forwarder"]),
+    ("phalanx-control", &["phalanx-flow", "phalanx-membership", "phalanx-rebalancer", "phalanx-forwarder"]),
+    (
+        "phalanx-sim",
+        &["phalanx-flow", "phalanx-membership", "phalanx-rebalancer", "phalanx-forwarder", "phalanx-control"],
+    ),
     (
         "phalanx",
         &[
             "phalanx-flow",
             "phalanx-membership",
             "phalanx-rebalancer",
+            "phalanx-control",
             "phalanx-netlink",
             "phalanx-admin",
             "phalanx-forwarder",
@@ -48,7 +53,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const EVERYTHING: &[&str] = &["*"];
 
 /// The crates that do no input or output; time and randomness are their arguments.
-const CORES: &[&str] = &["phalanx-flow", "phalanx-membership", "phalanx-rebalancer"];
+const CORES: &[&str] = &["phalanx-flow", "phalanx-membership", "phalanx-rebalancer", "phalanx-control"];
 
 /// What cores never name, not even for their tests.
 const NOT_IN_CORES: &[&str] = &["tokio", "quinn", "libc", "aya", "rustix", "socket2", "mio", "axum", "hyper"];

@@ -1,54 +1,39 @@
-//! The control task: the one place where views, flows, health and the operator's wishes meet.
+//! The control task: drives [`phalanx_control::Control`] with what comes from membership, peers, health checks and the operator.
 //!
 //! ```text
-//!   MembershipEvent ─┐                        ┌─► Planner ──► forwarder.install, next hops
-//!   PeerEvent ───────┼─► Control (one task) ──┤
-//!   HealthChange ────┤     every TICK:        ├─► Replicator ──► peers, forwarder's tables
-//!   Request ─────────┘     forwarder events ──┘
+//!   MembershipEvent ─┐                        ┌─► forwarder: plans, tables (by the core itself)
+//!   PeerEvent ───────┼─► ControlDriver ───────┤
+//!   HealthChange ────┤   (one task) owns      ├─► Peers: frames
+//!   Request ─────────┘   the Control core     └─► next hops, membership, status
 //! ```
 //! All channels are unbounded: their senders are few and slow (a view, a health change), or bounded by the replicator's windows (frames).
 //! Every arm of the select is cancel-safe: channel receives and an interval.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use phalanx_flow::member::Liveness;
+use phalanx_control::{Control, Event as ControlEvent, Service};
 use phalanx_flow::slots::RankedBackend;
-use phalanx_flow::{BackendId, FlowEvent, FlowEventKind, FlowKey, FlowState, MemberId, Record};
-use phalanx_forwarder::{Forwarder, RowSet, Upserted};
-use phalanx_membership::{Event as MemberEvent, KeyRing, MemberState, Metadata, View, Warning};
-use phalanx_rebalancer::{
-    Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, Policy, Ranking, Replicator,
-    ViewInput, changed_rows, former_entries, plan, plan_cache_offers, plan_refill,
-};
+use phalanx_flow::{BackendId, FlowKey, MemberId, Record};
+use phalanx_forwarder::Forwarder;
+use phalanx_membership::{Event as MemberEvent, KeyRing, Metadata, View, Warning};
+use phalanx_rebalancer::Event as ReplicationEvent;
 use tokio::sync::{mpsc, oneshot};
 
 use super::membership::{Command, MembershipDriver, MembershipEvent};
 use super::next_hops::NextHopDriver;
 use super::peers::{Link, Peer, PeerEvent, Peers};
-use super::planner::{Planner, TableChange};
 use super::status::{Shared, Status};
-use crate::config::{CacheMode, Config, ServiceConfig};
+use crate::config::{Config, ServiceConfig};
 use crate::health::{Candidate, HealthChange, HealthDriver, usable_backends};
 
 /// How often the forwarder's events are taken: the delay a flow is unprotected for at least, against wakeups.
 const TICK: Duration = Duration::from_millis(2);
 
-/// Events taken at once, so that a burst does not keep views and frames waiting.
-const EVENTS_A_TICK: usize = 16_384;
-
 /// The status for admin and the gossiped counters are made anew this often.
 const STATUS_EVERY: Duration = Duration::from_millis(250);
 const METADATA_EVERY: Duration = Duration::from_secs(1);
-
-/// Other members' transfers have had this long when a member drops what it holds no more.
-const SWEEP_AFTER: Duration = Duration::from_secs(1);
-
-/// How long a leaving member waits for its transfers and for the others to switch before it goes anyway, and how long it stays after
-/// that for packets that were on their way.
-const LEAVE_AT_MOST: Duration = Duration::from_secs(10);
-const LEAVE_GRACE: Duration = Duration::from_millis(500);
 
 /// A warning that was said once is shown for this long.
 const WARNING_KEPT: Duration = Duration::from_secs(60);
@@ -144,14 +129,31 @@ pub fn usable_of(
     (backends, usable.fail_open)
 }
 
+/// The services of a configuration as the core knows them.
+pub fn services(config: &Config) -> Vec<Service> {
+    config.services.iter().map(service_of).collect()
+}
+
+fn service_of(config: &ServiceConfig) -> Service {
+    Service {
+        address: config.address,
+        port: config.port,
+        protocol: config.protocol.number(),
+        backends: config.backends.iter().map(|backend| config.backend_id(backend)).collect(),
+        idle: config.idle_timeout,
+        linger: config.linger,
+        reset_linger: config.reset_linger,
+        half_open: config.half_open_timeout,
+        fragment: config.fragment,
+    }
+}
+
 /// Everything the control task owns.
-pub struct Control {
+pub struct ControlDriver {
     /// The configuration in force.
     pub config: Config,
-    /// Makes plans.
-    pub planner: Planner,
-    /// Says what to tell whom.
-    pub replicator: Replicator,
+    /// Decides what to do.
+    pub core: Control,
     /// Carries packets.
     pub forwarder: Arc<dyn Forwarder>,
     /// Resolves next hops.
@@ -167,25 +169,16 @@ pub struct Control {
     /// Checks backends.
     pub checks: HealthDriver,
     /// Health by service (its name) and backend; absent: not checked, which counts as healthy.
-    health: HashMap<(String, BackendId), bool>,
-    state: State,
+    pub health: HashMap<(String, BackendId), bool>,
+    /// What changes as the task runs.
+    pub state: State,
 }
 
 /// What changes as the task runs.
 #[derive(Default)]
-struct State {
-    view: Arc<View>,
+pub struct State {
     links: HashMap<MemberId, Link>,
-    window_opened: Option<Instant>,
-    /// When entries that neither the current table nor the one before gives us are to be dropped.
-    sweep_at: Option<Instant>,
-    transferring: bool,
-    leaving_since: Option<Instant>,
-    ready_to_leave_at: Option<Instant>,
-    left: bool,
-    events_lost: u64,
     warnings: BTreeMap<String, Instant>,
-    view_changes: u64,
     counters: super::status::DriverCounters,
 }
 
@@ -201,37 +194,7 @@ pub struct Inboxes {
     pub requests: mpsc::UnboundedReceiver<Request>,
 }
 
-/// The parts of a [`Control`] that is about to start.
-#[expect(clippy::too_many_arguments, reason = "each driver is started by whoever knows its settings")]
-pub fn control(
-    config: Config,
-    planner: Planner,
-    replicator: Replicator,
-    forwarder: Arc<dyn Forwarder>,
-    next_hops: NextHopDriver,
-    peers: Peers,
-    membership: MembershipDriver,
-    metadata: Metadata,
-    shared: Arc<Shared>,
-    checks: HealthDriver,
-) -> Control {
-    Control {
-        config,
-        planner,
-        replicator,
-        forwarder,
-        next_hops,
-        peers,
-        membership,
-        metadata,
-        shared,
-        checks,
-        health: HashMap::new(),
-        state: State::default(),
-    }
-}
-
-impl Control {
+impl ControlDriver {
     /// Runs until the member has left or was refused.
     pub async fn run(mut self, mut inboxes: Inboxes) -> End {
         let (reply_sender, mut replies) = mpsc::unbounded_channel();
@@ -262,17 +225,8 @@ impl Control {
                 _ = tick.tick() => {}
             }
             let now = Instant::now();
-            self.take_events(now);
-            if self.replicator.poll_timeout().is_some_and(|due| due <= now) {
-                self.replicator.handle_timeout(now);
-            }
+            self.core.handle_timeout(now);
             self.drain(now);
-            if self.planner.settle(now) {
-                self.install();
-            }
-            self.close_window_if_due(now);
-            self.sweep_if_due(now);
-            self.leave_if_due(now);
             if status_at <= now {
                 status_at = now + STATUS_EVERY;
                 self.publish_status(now);
@@ -340,21 +294,6 @@ impl Control {
     }
 
     fn handle_view(&mut self, view: Arc<View>) {
-        let now = Instant::now();
-        let digest_changed = view.digest != self.state.view.digest;
-        self.state.view = Arc::clone(&view);
-        let change = match self.planner.set_view(&view) {
-            Ok(change) => change,
-            Err(error) => {
-                tracing::error!("the view cannot be ranked: {error}");
-                return;
-            }
-        };
-        if digest_changed || change.is_some() {
-            self.state.view_changes += 1;
-            tracing::info!(digest = format!("{:016x}", view.digest.0), members = view.members.len(), "view");
-        }
-        self.install();
         let local = self.config.member.id;
         let peers: Vec<Peer> = view
             .members
@@ -369,134 +308,7 @@ impl Control {
             })
             .collect();
         self.peers.set_peers(&peers);
-        let slots = view.members.iter().map(|member| (member.id, self.planner.slot_of(member.id))).collect();
-        self.membership.command(Command::Slots(slots));
-        self.replicator.handle_view(now, self.view_input(&view));
-        if let Some(change) = change {
-            self.move_flows(&change, now);
-        }
-    }
-
-    fn view_input(&self, view: &View) -> ViewInput {
-        let of = |wanted: &dyn Fn(&phalanx_membership::MemberView) -> bool| -> BTreeSet<MemberId> {
-            view.members.iter().filter(|member| wanted(member)).map(|member| member.id).collect()
-        };
-        let cluster = &self.config.cluster;
-        ViewInput {
-            ranking: self.planner.current(),
-            previous: self.planner.previous().map(|table| table as Arc<dyn Ranking>),
-            live: of(&|_| true),
-            suspects: of(&|member| member.liveness != Liveness::Alive),
-            caches: of(&|member| member.metadata.cache),
-            policy: match cluster.replicate {
-                crate::config::Replicate::Established => Policy::Established,
-                crate::config::Replicate::Syn => Policy::Syn,
-            },
-            enabled: cluster.replication,
-        }
-    }
-
-    /// Sends our part of a change's transfer tables (claims 19 and 20).
-    fn move_flows(&mut self, table_change: &TableChange, now: Instant) {
-        // What the forwarder recorded until now belongs to the tables that are sent.
-        self.take_events(now);
-        let caches: BTreeSet<MemberId> = self
-            .state
-            .view
-            .members
-            .iter()
-            .filter(|member| member.metadata.cache)
-            .map(|member| member.id)
-            .collect();
-        let change = Change {
-            local: self.config.member.id,
-            old: &*table_change.old,
-            new: &*table_change.new,
-            survivors: &table_change.survivors,
-            caches: &caches,
-        };
-        let rows = RowSet::from_rows(changed_rows(&change));
-        let mut records = Vec::new();
-        self.forwarder.visit(&rows, &mut |record| records.push(*record));
-        let transfer = plan(&change, records);
-        tracing::info!(records = transfer.len(), "transfer tables");
-        self.replicator.begin_transfer(now, transfer);
-        if table_change.departed && self.config.member.cache == CacheMode::All {
-            let cached = self.forwarder.flush_cache();
-            self.replicator.begin_transfer(now, plan_cache_offers(&change, cached.iter().copied()));
-            if !self.config.cluster.flush_on_leave {
-                self.forwarder.upsert_cache(&cached);
-            }
-        }
-        self.state.transferring = true;
-        self.state.window_opened = self.planner.previous().map(|_| now);
-        self.state.sweep_at = Some(now + SWEEP_AFTER);
-    }
-
-    /// The window closes when every active member has gossiped the new digest, our transfers are done, and one linger has passed.
-    fn close_window_if_due(&mut self, now: Instant) {
-        let Some(opened) = self.state.window_opened else { return };
-        let linger = self.config.services.iter().map(|service| service.linger).max().unwrap_or_default();
-        if now.duration_since(opened) < linger || self.state.transferring || !self.everybody_switched() {
-            return;
-        }
-        self.state.window_opened = None;
-        self.planner.close_window();
-        self.install();
-        self.replicator.handle_view(now, self.view_input(&Arc::clone(&self.state.view)));
-        let dropped = self.drop_former();
-        tracing::info!(dropped, "handover window closed");
-    }
-
-    /// Two changes after it lost a row, a member is told nothing of its flows any more: what it still has of them goes when its transfers
-    /// are done, lest it be used when a client uses a tuple again.
-    fn sweep_if_due(&mut self, now: Instant) {
-        if self.state.sweep_at.is_some_and(|at| at <= now) && !self.state.transferring {
-            self.state.sweep_at = None;
-            let dropped = self.drop_former();
-            tracing::debug!(dropped, "entries of rows lost two changes ago");
-        }
-    }
-
-    /// Drops the entries that neither the current table nor the one before gives us, and says how many.
-    fn drop_former(&mut self) -> usize {
-        let local = self.config.member.id;
-        let (current, previous) = (self.planner.current(), self.planner.previous());
-        let mut births = HashMap::new();
-        self.forwarder.visit(&RowSet::All, &mut |record| {
-            births.insert(record.key, record.birth);
-        });
-        let former: Vec<FlowKey> = former_entries(local, &*current, births.keys().copied()).collect();
-        let former: Vec<FlowKey> = match &previous {
-            Some(previous) => former_entries(local, &**previous, former).collect(),
-            None => former,
-        };
-        for key in &former {
-            self.forwarder.remove(key, births[key], Duration::ZERO);
-        }
-        former.len()
-    }
-
-    fn everybody_switched(&self) -> bool {
-        let view = &self.state.view;
-        view.members
-            .iter()
-            .filter(|member| member.state == MemberState::Active && member.id != self.config.member.id)
-            .all(|member| member.view_digest == view.digest)
-    }
-
-    fn leave_if_due(&mut self, now: Instant) {
-        let Some(since) = self.state.leaving_since else { return };
-        let handed_over = !self.state.transferring && self.everybody_switched();
-        if (handed_over || now.duration_since(since) >= LEAVE_AT_MOST)
-            && self.state.ready_to_leave_at.is_none()
-        {
-            self.state.ready_to_leave_at = Some(now + LEAVE_GRACE);
-        }
-        if self.state.ready_to_leave_at.is_some_and(|at| at <= now) && !self.state.left {
-            self.state.left = true;
-            self.membership.command(Command::Leave);
-        }
+        self.core.handle_view(Instant::now(), view);
     }
 
     // Peers.
@@ -507,17 +319,17 @@ impl Control {
             PeerEvent::Connected(peer, link) => {
                 tracing::debug!(%peer, "connected");
                 self.state.links.insert(peer, link);
-                self.replicator.handle_connected(now, peer);
+                self.core.handle_connected(now, peer);
             }
             PeerEvent::Disconnected(peer, link) => {
                 if self.state.links.get(&peer) == Some(&link) {
                     self.state.links.remove(&peer);
-                    self.replicator.handle_disconnected(now, peer);
+                    self.core.handle_disconnected(now, peer);
                 }
             }
             PeerEvent::Frame(from, link, bytes) => {
                 if self.state.links.get(&from) == Some(&link)
-                    && let Err(error) = self.replicator.handle_data(now, from, &bytes)
+                    && let Err(error) = self.core.handle_data(now, from, &bytes)
                 {
                     tracing::warn!(%from, "frames from a peer: {error}");
                     self.peers.reset(from);
@@ -564,40 +376,9 @@ impl Control {
             .into_iter()
             .map(|check| ((check.service, check.backend), check.healthy))
             .collect();
-        let services = self.config.services.clone();
-        let usable: Vec<Vec<RankedBackend>> = services.iter().map(|service| self.usable(service).0).collect();
-        let mut changed = HashMap::new();
-        for (index, backends) in usable.iter().enumerate() {
-            if let Some(slots) = self.planner.slots_that_would_change(index, backends) {
-                let service = &services[index];
-                let (address, _) = phalanx_flow::key::octets(service.address);
-                changed.insert((address, service.port.to_be_bytes(), service.protocol.number()), slots);
-            }
-        }
-        if !changed.is_empty() {
-            self.take_events(now);
-            let mut half_open = Vec::new();
-            let planner = &self.planner;
-            self.forwarder.visit(&RowSet::All, &mut |record| {
-                let key = &record.key;
-                if record.state == FlowState::HalfOpen
-                    && changed
-                        .get(&(key.destination, key.destination_port, key.protocol))
-                        .is_some_and(|slots| slots.contains(planner.slot(key)))
-                {
-                    half_open.push(*record);
-                }
-            });
-            for record in half_open {
-                let event = FlowEvent { kind: FlowEventKind::Changed, at_once: true, record };
-                self.replicator.handle_event(now, event);
-            }
-            self.drain(now);
-        }
-        for (index, backends) in usable.iter().enumerate() {
-            self.planner.set_usable(index, backends, now);
-        }
-        self.install();
+        let usable: Vec<Vec<RankedBackend>> =
+            self.config.services.iter().map(|service| self.usable(service).0).collect();
+        self.core.set_usable(now, &usable);
     }
 
     fn handle_request(&mut self, request: Request) {
@@ -605,14 +386,13 @@ impl Control {
             Request::Reload(config) => self.reload(*config),
             Request::ReloadRefused => self.state.counters.reloads_refused += 1,
             Request::Leave => {
-                if self.state.leaving_since.is_none() {
-                    tracing::info!("leaving the cluster");
-                    self.state.leaving_since = Some(Instant::now());
-                    self.membership.command(Command::BeginLeave);
-                } else {
+                if self.core.leaving() {
                     tracing::warn!("told to leave again: going without waiting for transfers");
-                    self.state.ready_to_leave_at = Some(Instant::now());
+                } else {
+                    tracing::info!("leaving the cluster");
+                    self.membership.command(Command::BeginLeave);
                 }
+                self.core.begin_leave(Instant::now());
             }
             Request::Explain(key, reply) => {
                 let facts = super::status::FlowFacts::of(self, &key);
@@ -634,15 +414,14 @@ impl Control {
         }
         self.config.services = config.services;
         self.config.member.weight = config.member.weight;
-        self.planner.set_services(&self.config.services);
+        self.core.set_services(&services(&self.config));
         self.update_backends();
         self.membership.command(Command::Shared(self.config.cluster_digests().shared()));
         match KeyRing::new(config.cluster.keys.iter().map(|key| key.0).collect()) {
             Ok(keys) => {
                 // Gossip first: it opens with every key of the file, so the order among members does not matter.
                 self.membership.command(Command::Keys(keys.clone()));
-                self.planner.set_keys(&keys);
-                self.install();
+                self.core.set_keys(&keys);
                 self.config.cluster.keys = config.cluster.keys;
             }
             Err(error) => tracing::error!("the keys stay as they were: cluster.key_file: {error}"),
@@ -652,83 +431,47 @@ impl Control {
         tracing::info!(services = self.config.services.len(), "configuration reloaded");
     }
 
-    /// Installs the planner's plan and says whom to resolve.
-    pub fn install(&mut self) {
-        if let Err(error) = self.forwarder.install(self.planner.plan()) {
-            tracing::error!("the forwarder refused a plan, the one before goes on: {error}");
-            return;
-        }
-        self.next_hops.set_destinations(self.planner.destinations());
-    }
-
-    // Flows.
-
-    fn take_events(&mut self, now: Instant) {
-        let mut events = Vec::new();
-        self.forwarder.poll_events(&mut events, EVENTS_A_TICK);
-        for event in events {
-            self.replicator.handle_event(now, event);
-        }
-        let lost = self.state.counters.forwarder_events_lost;
-        if lost > self.state.events_lost {
-            self.state.events_lost = lost;
-            self.find_missed(now);
-        }
-    }
-
-    /// The event queue overflowed: whatever is not stamped or not protected is looked at as if it had just changed.
-    fn find_missed(&mut self, now: Instant) {
-        let mut missed = Vec::new();
-        self.forwarder.visit(&RowSet::All, &mut |record| {
-            let protected = record.flags.has(phalanx_flow::FlowFlags::PROTECTED);
-            if record.birth == 0 || (!protected && record.state != FlowState::HalfOpen) {
-                missed.push(*record);
-            }
-        });
-        tracing::warn!(flows = missed.len(), "events were lost; their flows were found by a scan");
-        for record in missed {
-            let kind = if record.birth == 0 { FlowEventKind::New } else { FlowEventKind::Changed };
-            self.replicator.handle_event(now, FlowEvent { kind, at_once: false, record });
-        }
-    }
-
-    /// Carries out whatever the replicator wants, until it wants nothing more.
+    /// Sends what the core has for peers, and does what it asks.
     fn drain(&mut self, now: Instant) {
-        loop {
-            let mut idle = true;
-            while let Some(batch) = self.replicator.poll_apply() {
-                idle = false;
-                let results = self.apply(&batch);
-                self.replicator.handle_applied(now, batch.id, &results);
+        while let Some((to, frame)) = self.core.poll_message(now) {
+            if let Some(link) = self.state.links.get(&to) {
+                self.peers.send(to, *link, frame);
             }
-            while let Some(lookup) = self.replicator.poll_lookup() {
-                idle = false;
-                let records: Vec<Option<Record>> =
-                    lookup.keys.iter().map(|key| self.forwarder.get(key)).collect();
-                self.replicator.handle_lookup(now, lookup.id, &records);
-            }
-            while let Some((to, frame)) = self.replicator.poll_message() {
-                idle = false;
-                if let Some(link) = self.state.links.get(&to) {
-                    self.peers.send(to, *link, frame);
-                }
-            }
-            while let Some(event) = self.replicator.poll_event() {
-                idle = false;
-                self.handle_replication(event, now);
-            }
-            if idle {
-                return;
-            }
+        }
+        while let Some(event) = self.core.poll_event() {
+            self.handle_core(event);
         }
     }
 
-    fn handle_replication(&mut self, event: ReplicationEvent, now: Instant) {
+    fn handle_core(&mut self, event: ControlEvent) {
         match event {
-            ReplicationEvent::AllDone => {
-                self.state.transferring = false;
-                tracing::info!("transfers done");
+            ControlEvent::Installed(destinations) => self.next_hops.set_destinations(destinations),
+            ControlEvent::NotInstalled(error) => {
+                tracing::error!("the forwarder refused a plan, the one before goes on: {error}");
             }
+            ControlEvent::Unranked(error) => tracing::error!("the view cannot be ranked: {error}"),
+            ControlEvent::ViewChanged => {
+                let view = self.core.view();
+                let digest = format!("{:016x}", view.digest.0);
+                tracing::info!(digest, members = view.members.len(), "view");
+            }
+            ControlEvent::Slots(slots) => self.membership.command(Command::Slots(slots)),
+            ControlEvent::Planned(records) => tracing::info!(records, "transfer tables"),
+            ControlEvent::Replication(event) => self.handle_replication(event),
+            ControlEvent::Refilled(peer, records) => {
+                tracing::warn!(%peer, records, "too much waited for a peer; it gets a table instead");
+            }
+            ControlEvent::Missed(flows) => {
+                tracing::warn!(flows, "events were lost; their flows were found by a scan");
+            }
+            ControlEvent::WindowClosed(dropped) => tracing::info!(dropped, "handover window closed"),
+            ControlEvent::ReadyToLeave => self.membership.command(Command::Leave),
+        }
+    }
+
+    fn handle_replication(&mut self, event: ReplicationEvent) {
+        match event {
+            ReplicationEvent::AllDone => tracing::info!("transfers done"),
             ReplicationEvent::TransferDone { to, .. } => {
                 self.state.counters.transfers_done += 1;
                 tracing::debug!(%to, "transfer done");
@@ -740,92 +483,8 @@ impl Control {
             ReplicationEvent::PeerFull { peer, refused } => {
                 tracing::warn!(%peer, refused, "a peer's table refuses flows; they stay unprotected");
             }
-            ReplicationEvent::Overflow { peer } => {
-                let mut records = Vec::new();
-                self.forwarder.visit(&RowSet::All, &mut |record| records.push(*record));
-                let refill = plan_refill(&*self.planner.current(), peer, records);
-                tracing::warn!(%peer, records = refill.len(), "too much waited for a peer; it gets a table instead");
-                self.state.transferring = true;
-                self.replicator.begin_transfer(now, refill);
-            }
-        }
-    }
-
-    fn apply(&mut self, batch: &ApplyBatch) -> Vec<ApplyResult> {
-        let mut results = Vec::with_capacity(batch.items.len());
-        let mut upserts: Vec<Record> = Vec::new();
-        for item in &batch.items {
-            if let Apply::Upsert(record) = item {
-                upserts.push(*record);
-                continue;
-            }
-            self.upsert(&mut upserts, &mut results);
-            results.push(self.apply_one(item));
-        }
-        self.upsert(&mut upserts, &mut results);
-        results
-    }
-
-    /// Upserts what has gathered; backends that nobody here knew get a place in the plan first.
-    fn upsert(&mut self, records: &mut Vec<Record>, results: &mut Vec<ApplyResult>) {
-        if records.is_empty() {
-            return;
-        }
-        let mut answers = self.forwarder.upsert(records);
-        if answers.contains(&Upserted::UnknownBackend) {
-            let mut new = false;
-            for record in records.iter() {
-                new |= self.planner.register(record.backend);
-            }
-            if new {
-                self.install();
-            }
-            answers = self
-                .forwarder
-                .upsert(records)
-                .into_iter()
-                .zip(answers)
-                // What the first round applied is stale in the second, and applied all the same.
-                .map(|(second, first)| if first == Upserted::UnknownBackend { second } else { first })
-                .collect();
-        }
-        results.extend(answers.into_iter().map(|answer| match answer {
-            Upserted::Applied => ApplyResult::Applied,
-            Upserted::Stale => ApplyResult::Stale,
-            Upserted::Full => ApplyResult::Full,
-            Upserted::UnknownBackend => ApplyResult::UnknownBackend,
-        }));
-        records.clear();
-    }
-
-    fn apply_one(&mut self, item: &Apply) -> ApplyResult {
-        let done = |did: bool| if did { ApplyResult::Applied } else { ApplyResult::Stale };
-        match *item {
-            // Gathered by the caller.
-            Apply::Upsert(_) => ApplyResult::Stale,
-            Apply::Remove { key, birth, min_idle_ms } => {
-                done(self.forwarder.remove(&key, birth, Duration::from_millis(u64::from(min_idle_ms))))
-            }
-            Apply::Touch { key, idle_ms } => {
-                self.forwarder.touch(&[(key, idle_ms)]);
-                ApplyResult::Applied
-            }
-            Apply::CacheUpsert(record) => {
-                if self.planner.register(record.backend) {
-                    self.install();
-                }
-                self.forwarder.upsert_cache(&[record]);
-                ApplyResult::Applied
-            }
-            Apply::CacheRemove { key } => {
-                self.forwarder.remove_cache(&[key]);
-                ApplyResult::Applied
-            }
-            Apply::Stamp { key, birth } => done(self.forwarder.stamp(&key, birth)),
-            Apply::Protect { key, birth, update } => {
-                self.forwarder.protect(&key, birth, update);
-                ApplyResult::Applied
-            }
+            // `Refilled` says so.
+            ReplicationEvent::Overflow { .. } => {}
         }
     }
 
@@ -835,7 +494,7 @@ impl Control {
         let counters = self.forwarder.counters();
         self.metadata.weight = self.config.member.weight;
         self.metadata.flows = counters.flows;
-        self.metadata.unprotected = self.replicator.unprotected() as u64;
+        self.metadata.unprotected = self.core.replicator().unprotected() as u64;
         self.metadata.backends = phalanx_membership::Digest(self.config.cluster_digests().backends);
         self.membership.command(Command::Metadata(self.metadata.clone()));
     }
@@ -861,7 +520,7 @@ impl Control {
 
     /// What the view shows that the operator should mend, for as long as it does.
     fn standing_warnings(&self) -> impl Iterator<Item = String> + '_ {
-        let view = &self.state.view;
+        let view = self.core.view();
         let others = view.members.iter().filter(|member| member.id != self.config.member.id && member.known);
         let of_members = others.flat_map(|member| {
             let differs = member.metadata.backends != self.metadata.backends;
@@ -877,7 +536,6 @@ impl Control {
     fn publish_status(&mut self, now: Instant) {
         self.state.warnings.retain(|_, at| now.duration_since(*at) < WARNING_KEPT);
         let forwarder = self.forwarder.counters();
-        self.state.counters.forwarder_events_lost = forwarder.events_lost;
         let fail_open = self
             .config
             .services
@@ -885,20 +543,20 @@ impl Control {
             .map(|service| (service.name.clone(), self.usable(service).1))
             .collect();
         let status = Status {
-            view: Arc::clone(&self.state.view),
+            view: Arc::clone(self.core.view()),
             warnings: self.standing_warnings().chain(self.state.warnings.keys().cloned()).collect(),
             services: self.config.services.clone(),
             health: self.health.clone(),
             fail_open,
             forwarder,
             unresolved: self.next_hops.unresolved(),
-            table: self.planner.current(),
-            unprotected: self.replicator.unprotected() as u64,
-            replication: *self.replicator.counters(),
-            transfers: self.replicator.transfers().collect(),
-            window_open: self.state.window_opened.is_some(),
-            leaving: self.state.leaving_since.is_some(),
-            view_changes: self.state.view_changes,
+            table: self.core.planner().current(),
+            unprotected: self.core.replicator().unprotected() as u64,
+            replication: *self.core.replicator().counters(),
+            transfers: self.core.replicator().transfers().collect(),
+            window_open: self.core.window_open(),
+            leaving: self.core.leaving(),
+            view_changes: self.core.view_changes(),
             counters: self.state.counters.clone(),
         };
         self.shared.status.store(Arc::new(status));
@@ -906,6 +564,6 @@ impl Control {
 
     /// The view in force.
     pub fn view(&self) -> &View {
-        &self.state.view
+        self.core.view()
     }
 }

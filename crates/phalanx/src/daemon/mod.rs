@@ -7,13 +7,13 @@ pub mod control;
 pub mod membership;
 pub mod next_hops;
 pub mod peers;
-pub mod planner;
 #[cfg(feature = "rawsock")]
 mod rawsock;
 pub mod status;
 #[cfg(feature = "xdp")]
 mod xdp;
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -21,20 +21,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
+use phalanx_control::{Control, Fixed, Planner};
 use phalanx_flow::BackendId;
 use phalanx_flow::score::{Best, Scoring};
 use phalanx_flow::table::BackupSite;
 use phalanx_forwarder::{Forwarder, Handoff, Plan};
 use phalanx_membership::{Config as MembershipConfig, Digest, KeyRing, Metadata, Timing};
-use phalanx_rebalancer::Replicator;
+use phalanx_rebalancer::{Policy, Replicator};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use self::control::{End, Inboxes, Request, control};
+use self::control::{ControlDriver, End, Inboxes, Request, State};
 use self::membership::MembershipDriver;
 use self::next_hops::NextHopDriver;
 use self::peers::{Identity, Peers};
-use self::planner::{Fixed, Planner};
 use self::status::{DriverCounters, Shared, Source, Status};
 use crate::config::{self, CacheMode, Config, Profile, Replicate, ScoringKind};
 use crate::health::{HealthDriver, ProbeSender};
@@ -85,14 +85,14 @@ async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
     let keys = KeyRing::new(config.cluster.keys.iter().map(|key| key.0).collect())
         .with_context(|| format!("cluster.key_file {}", config.cluster.key_file.display()))?;
     let mut planner = Planner::new(fixed(&config, &keys)).context("cluster.scoring")?;
-    planner.set_services(&config.services);
+    planner.set_services(&control::services(&config));
     // The forwarder carries packets from its first moment on: it must know all backends then.
     let now = Instant::now();
     for (index, service) in config.services.iter().enumerate() {
         planner.set_usable(index, &control::usable_of(service, |_| true).0, now);
     }
     // There are no flows yet that the first tables could disturb.
-    planner.settle(now + planner::UNSETTLED);
+    planner.settle(now + phalanx_control::planner::UNSETTLED);
     let forwarder = start_forwarder(&config, planner.plan())?;
     let next_hops = NextHopDriver::start(Arc::clone(&forwarder))?;
 
@@ -138,9 +138,29 @@ async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
         "phalanx {} runs",
         env!("CARGO_PKG_VERSION")
     );
-    let mut control = control(
-        config, planner, replicator, forwarder, next_hops, peers, membership, metadata, shared, health,
-    );
+    let settings = phalanx_control::Settings {
+        local: config.member.id,
+        cache: config.member.cache == CacheMode::All,
+        flush_on_leave: config.cluster.flush_on_leave,
+        policy: match config.cluster.replicate {
+            Replicate::Established => Policy::Established,
+            Replicate::Syn => Policy::Syn,
+        },
+        replication: config.cluster.replication,
+    };
+    let mut control = ControlDriver {
+        core: Control::new(settings, planner, replicator, Arc::clone(&forwarder)),
+        config,
+        forwarder,
+        next_hops,
+        peers,
+        membership,
+        metadata,
+        shared,
+        checks: health,
+        health: HashMap::new(),
+        state: State::default(),
+    };
     control.update_backends();
     match control.run(inboxes).await {
         End::Left => Ok(Ended::Left),
@@ -226,8 +246,8 @@ fn first_status(config: &Config, planner: &Planner) -> Status {
         view: Arc::default(),
         warnings: Vec::new(),
         services: config.services.clone(),
-        health: std::collections::HashMap::new(),
-        fail_open: std::collections::HashMap::new(),
+        health: HashMap::new(),
+        fail_open: HashMap::new(),
         forwarder: phalanx_forwarder::Counters::default(),
         unresolved: Vec::new(),
         table: planner.current(),

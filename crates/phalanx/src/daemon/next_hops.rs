@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use phalanx_control::Destinations;
 use phalanx_forwarder::{Forwarder, NextHop, NextHops};
 use phalanx_netlink::{Lookup, Mac, Monitor, Netlink, RouteKind};
 
@@ -24,15 +25,6 @@ const REFRESH: Duration = Duration::from_secs(5);
 
 /// Neighbours are confirmed this often, so that a MAC that moved is noticed though we never hear its owner's replies.
 const CONFIRM: Duration = Duration::from_secs(10);
-
-/// Whom to resolve; positions are those of the plan.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Destinations {
-    /// Data addresses of the members.
-    pub members: Vec<IpAddr>,
-    /// Addresses of the backends.
-    pub backends: Vec<IpAddr>,
-}
 
 /// The driver: owns the thread.
 pub struct NextHopDriver {

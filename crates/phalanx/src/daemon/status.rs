@@ -11,6 +11,7 @@ use phalanx_admin::{
     AdminSource, BackendHealth, BackendStatus, Explain, FlowQuery, Health, Holder, MemberStatus, Members,
     Ranked, ServiceStatus, Services,
 };
+use phalanx_control::TableRanking;
 use phalanx_flow::member::Liveness;
 use phalanx_flow::{BackendId, FlowKey, FlowState, MemberId, flow_hash};
 use phalanx_forwarder::counters::OUTCOME_NAMES;
@@ -19,9 +20,8 @@ use phalanx_membership::{MemberState, View};
 use phalanx_rebalancer::{Ranking as _, TransferProgress};
 use tokio::sync::{mpsc, oneshot};
 
-use super::control::{Control, HeldFlow, Question, Request};
+use super::control::{ControlDriver, HeldFlow, Question, Request};
 use super::peers::Peers;
-use super::planner::TableRanking;
 use crate::config::{Config, ServiceConfig};
 
 /// Flows per backend are counted by a walk over the flow table, not more often than this.
@@ -42,8 +42,6 @@ pub struct DriverCounters {
     pub transfers_done: u64,
     /// Transfer tables whose receiver has gone.
     pub transfers_given_up: u64,
-    /// The forwarder's, when last read.
-    pub forwarder_events_lost: u64,
 }
 
 /// The daemon at one moment.
@@ -103,8 +101,9 @@ pub struct FlowFacts {
 
 impl FlowFacts {
     /// Reads them off.
-    pub fn of(control: &Control, key: &FlowKey) -> Self {
-        let table = control.planner.current();
+    pub fn of(control: &ControlDriver, key: &FlowKey) -> Self {
+        let planner = control.core.planner();
+        let table = planner.current();
         let row = table.row_of(key);
         let [owner, backup] = table.holders(row);
         let liveness = |id: MemberId| control.view().get(id).map_or(Liveness::Down, |member| member.liveness);
@@ -121,7 +120,7 @@ impl FlowFacts {
             })
             .collect();
         let alive = |id: &MemberId| liveness(*id) == Liveness::Alive;
-        let consistent = control.planner.consistent(key);
+        let consistent = planner.consistent(key);
         Self {
             hash: flow_hash(control.config.cluster.hash_seed, key),
             row,
@@ -129,10 +128,10 @@ impl FlowFacts {
             owner,
             backup,
             acting_owner: owner.filter(alive).or_else(|| backup.filter(alive)).or(owner),
-            slot: consistent.as_ref().map(|_| u32::from(control.planner.slot(key))),
-            service: consistent.as_ref().map(|(service, _)| service.name.clone()),
+            slot: consistent.as_ref().map(|_| u32::from(planner.slot(key))),
+            service: consistent.map(|(service, _)| control.config.services[service].name.clone()),
             consistent: consistent.and_then(|(_, backend)| backend).map(|backend| backend.ip()),
-            former: control.planner.previous().and_then(|table| table.holders(row)[0]),
+            former: planner.previous().and_then(|table| table.holders(row)[0]),
         }
     }
 }

@@ -2,12 +2,12 @@
 
 use std::net::SocketAddr;
 
+use phalanx_control::planner::service_key;
 use phalanx_flow::slots::{BackendTable, RankedBackend};
 use phalanx_flow::{BackendId, FlowKey, FlowSeed, Method, flow_hash, key};
 
 use super::member::{BackendLine, HASH_SEED};
 use super::traffic::Live;
-use crate::daemon::planner::service_key;
 
 /// The backend table that every member computes from the present configuration.
 #[derive(Debug)]

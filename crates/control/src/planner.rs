@@ -1,4 +1,4 @@
-//! From views, configuration and health to the [`Plan`] in force. No I/O: the control task feeds it and installs what it makes.
+//! From views, configuration and health to the [`Plan`] in force.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hasher as _;
@@ -15,9 +15,6 @@ use phalanx_forwarder::{Handoff, Plan, PlanBackend, PlanMember, PlanService, Slo
 use phalanx_membership::{KeyRing, View};
 use phalanx_rebalancer::{Ranking, Survivors};
 use siphasher::sip::SipHasher24;
-
-use super::next_hops::Destinations;
-use crate::config::ServiceConfig;
 
 /// SYNs in slots that changed are replicated at once for this long (design §4): as long as a client goes on repeating its SYN
 /// before it gives the connection up for the application to see.
@@ -42,6 +39,52 @@ pub struct Fixed {
     pub handoff: Handoff,
     /// `replicate = "syn"`.
     pub replicate_syn: bool,
+}
+
+/// A service as the configuration has it: where it is and how its flows age.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Virtual address.
+    pub address: IpAddr,
+    /// Port.
+    pub port: u16,
+    /// IP protocol number: 6 or 17.
+    pub protocol: u8,
+    /// All its backends, those that take no new flows among them.
+    pub backends: Vec<BackendId>,
+    /// A flow that no holder has seen for this long is idle.
+    pub idle: Duration,
+    /// How long a closing flow is kept after its last packet.
+    pub linger: Duration,
+    /// How long a reset flow is kept after its last packet.
+    pub reset_linger: Duration,
+    /// How long a half-open flow is kept after its last packet.
+    pub half_open: Duration,
+    /// Fragment the outer packet where the path to the backend is too narrow.
+    pub fragment: bool,
+}
+
+impl Service {
+    /// Whether both are the same to a client.
+    fn is_at(&self, other: &Self) -> bool {
+        (self.address, self.port, self.protocol) == (other.address, other.port, other.protocol)
+    }
+
+    /// Whether `key` is one of its flows.
+    pub fn has(&self, key: &FlowKey) -> bool {
+        self.address == key.destination_address()
+            && self.port == u16::from_be_bytes(key.destination_port)
+            && self.protocol == key.protocol
+    }
+}
+
+/// Whom a plan's next hops lead to; positions are those of the plan.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Destinations {
+    /// Data addresses of the members.
+    pub members: Vec<IpAddr>,
+    /// Addresses of the backends.
+    pub backends: Vec<IpAddr>,
 }
 
 /// A row table as the rebalancer asks for it.
@@ -83,7 +126,7 @@ pub struct TableChange {
 }
 
 struct ServicePlan {
-    config: ServiceConfig,
+    config: Service,
     table: BackendTable,
     slots: Arc<[BackendIndex]>,
     unsettled: Option<(Arc<SlotSet>, Instant)>,
@@ -217,18 +260,15 @@ impl Planner {
     }
 
     /// Takes over the services of a configuration; tables of services that stay are kept, until [`Self::set_usable`] says otherwise.
-    pub fn set_services(&mut self, configs: &[ServiceConfig]) {
+    pub fn set_services(&mut self, configs: &[Service]) {
         let mut old: Vec<ServicePlan> = std::mem::take(&mut self.services);
         for config in configs {
-            let kept = old.iter().position(|plan| {
-                (plan.config.address, plan.config.port, plan.config.protocol)
-                    == (config.address, config.port, config.protocol)
-            });
+            let kept = old.iter().position(|plan| plan.config.is_at(config));
             let plan = match kept {
                 Some(at) => ServicePlan { config: config.clone(), ..old.swap_remove(at) },
                 None => {
                     let table = BackendTable::new(
-                        service_key(self.fixed.seed, config.address, config.port, config.protocol.number()),
+                        service_key(self.fixed.seed, config.address, config.port, config.protocol),
                         &[],
                     );
                     let slots = table.to_indexes(|_| BackendIndex::NONE).into();
@@ -237,13 +277,13 @@ impl Planner {
             };
             self.services.push(plan);
             for backend in &config.backends {
-                self.register(config.backend_id(backend));
+                self.register(*backend);
             }
         }
     }
 
     /// The services in force.
-    pub fn services(&self) -> impl Iterator<Item = &ServiceConfig> {
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
         self.services.iter().map(|plan| &plan.config)
     }
 
@@ -308,15 +348,10 @@ impl Planner {
         true
     }
 
-    /// The backend the consistent table gives for a flow, and the flow's service.
-    pub fn consistent(&self, key: &FlowKey) -> Option<(&ServiceConfig, Option<BackendId>)> {
-        let plan = self.services.iter().find(|plan| {
-            plan.config.address == key.destination_address()
-                && plan.config.port == u16::from_be_bytes(key.destination_port)
-                && plan.config.protocol.number() == key.protocol
-        })?;
-        let slot = flow_hash(self.fixed.seed, key) as u16;
-        Some((&plan.config, plan.table.best(slot)))
+    /// The number of a flow's service, and the backend that the consistent table gives the flow.
+    pub fn consistent(&self, key: &FlowKey) -> Option<(usize, Option<BackendId>)> {
+        let service = self.services.iter().position(|plan| plan.config.has(key))?;
+        Some((service, self.services[service].table.best(self.slot(key))))
     }
 
     /// Our slot of a service's table for a flow.
@@ -353,13 +388,13 @@ impl Planner {
         PlanService {
             address: config.address,
             port: config.port,
-            protocol: config.protocol.number(),
+            protocol: config.protocol,
             slots: Arc::clone(&plan.slots),
             unsettled: plan.unsettled.as_ref().map(|(set, _)| Arc::clone(set)),
-            idle: config.idle_timeout,
+            idle: config.idle,
             linger: config.linger,
             reset_linger: config.reset_linger,
-            half_open: config.half_open_timeout,
+            half_open: config.half_open,
             replicate_syn: self.fixed.replicate_syn,
             fragment: config.fragment,
         }

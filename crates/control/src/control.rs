@@ -1,0 +1,576 @@
+//! The one place where views, flows and backends meet.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use phalanx_flow::member::Liveness;
+use phalanx_flow::slots::RankedBackend;
+use phalanx_flow::table::RankingError;
+use phalanx_flow::{FlowEvent, FlowEventKind, FlowKey, FlowState, MemberId, MemberSlot, Record};
+use phalanx_forwarder::{Forwarder, InstallError, RowSet, Upserted};
+use phalanx_membership::{KeyRing, MemberState, MemberView, View};
+use phalanx_rebalancer::{
+    Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, PeerError, Policy, Ranking,
+    Replicator, ViewInput, changed_rows, former_entries, plan, plan_cache_offers, plan_refill,
+};
+
+use crate::planner::{Destinations, Planner, Service, TableChange};
+
+/// Events taken at once, so that a burst does not keep views and frames waiting.
+const EVENTS_AT_ONCE: usize = 16_384;
+
+/// How often it is asked whether the forwarder had to leave out events.
+const LOST_EVENTS_EVERY: Duration = Duration::from_millis(250);
+
+/// Other members' transfers have had this long when a member drops what it holds no more.
+const SWEEP_AFTER: Duration = Duration::from_secs(1);
+
+/// How long a leaving member waits for its transfers and for the others to switch before it goes anyway, and how long it stays after
+/// that for packets that were on their way.
+const LEAVE_AT_MOST: Duration = Duration::from_secs(10);
+const LEAVE_GRACE: Duration = Duration::from_millis(500);
+
+/// What does not change while a member runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Our name.
+    pub local: MemberId,
+    /// We have a cache of all associations (`cache = "all"`).
+    pub cache: bool,
+    /// What the cache has of a departed member's flows is flushed once it was offered to the new owners (claim 20, \[750\]).
+    pub flush_on_leave: bool,
+    /// When a new flow is told to its backup.
+    pub policy: Policy,
+    /// `false` is the lab's `--no-replication` twin.
+    pub replication: bool,
+}
+
+/// What a driver does or says when asked by [`Control::poll_event`].
+#[derive(Debug)]
+pub enum Event {
+    /// A plan is in force: these are to be resolved.
+    Installed(Destinations),
+    /// The forwarder refused a plan; the one before goes on.
+    NotInstalled(InstallError),
+    /// The view cannot be ranked; what was in force goes on.
+    Unranked(RankingError),
+    /// Another view: who owns what may have changed.
+    ViewChanged,
+    /// Where members stand in the plan, for hand-off echoes.
+    Slots(HashMap<MemberId, MemberSlot>),
+    /// So many records go to other members because of a change.
+    Planned(usize),
+    /// The replicator has something to say.
+    Replication(ReplicationEvent),
+    /// Too much waited for a peer; it gets a table of so many records instead.
+    Refilled(MemberId, usize),
+    /// The forwarder had to leave out events; so many flows were found by a scan.
+    Missed(usize),
+    /// The handover window is closed, and so many entries of former rows are gone.
+    WindowClosed(usize),
+    /// What we held is handed over: the membership may say farewell.
+    ReadyToLeave,
+}
+
+/// The control plane of one member, sans-io.
+///
+/// **Inputs**: [`handle_view`](Self::handle_view), [`handle_connected`](Self::handle_connected),
+/// [`handle_disconnected`](Self::handle_disconnected) and [`handle_data`](Self::handle_data) as they come;
+/// [`handle_timeout`](Self::handle_timeout) every few milliseconds, because it takes the forwarder's events; `now` never goes back.
+/// **Outputs**, after every input until each returns `None`: [`poll_message`](Self::poll_message), then
+/// [`poll_event`](Self::poll_event).
+/// **Commands**: [`set_services`](Self::set_services), [`set_usable`](Self::set_usable), [`set_keys`](Self::set_keys),
+/// [`begin_leave`](Self::begin_leave).
+pub struct Control {
+    settings: Settings,
+    planner: Planner,
+    replicator: Replicator,
+    forwarder: Arc<dyn Forwarder>,
+    view: Arc<View>,
+    linger: Duration,
+    window_opened: Option<Instant>,
+    /// When entries that neither the current table nor the one before gives us are to be dropped.
+    sweep_at: Option<Instant>,
+    transferring: bool,
+    leaving_since: Option<Instant>,
+    ready_to_leave_at: Option<Instant>,
+    left: bool,
+    events_lost: u64,
+    lost_asked_at: Option<Instant>,
+    view_changes: u64,
+    events: VecDeque<Event>,
+}
+
+impl Control {
+    /// A member that has heard of nobody. The planner's plan should be the one in force.
+    pub fn new(
+        settings: Settings,
+        planner: Planner,
+        replicator: Replicator,
+        forwarder: Arc<dyn Forwarder>,
+    ) -> Self {
+        let linger = longest_linger(&planner);
+        Self {
+            settings,
+            planner,
+            replicator,
+            forwarder,
+            view: Arc::default(),
+            linger,
+            window_opened: None,
+            sweep_at: None,
+            transferring: false,
+            leaving_since: None,
+            ready_to_leave_at: None,
+            left: false,
+            events_lost: 0,
+            lost_asked_at: None,
+            view_changes: 0,
+            events: VecDeque::new(),
+        }
+    }
+
+    /// The view in force.
+    pub const fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    /// What makes the plans.
+    pub const fn planner(&self) -> &Planner {
+        &self.planner
+    }
+
+    /// What tells the others.
+    pub const fn replicator(&self) -> &Replicator {
+        &self.replicator
+    }
+
+    /// Whether the table before still counts.
+    pub const fn window_open(&self) -> bool {
+        self.window_opened.is_some()
+    }
+
+    /// Whether we were told to leave.
+    pub const fn leaving(&self) -> bool {
+        self.leaving_since.is_some()
+    }
+
+    /// Views since the start that changed who owns what.
+    pub const fn view_changes(&self) -> u64 {
+        self.view_changes
+    }
+
+    // Inputs.
+
+    /// Takes a view of the membership.
+    pub fn handle_view(&mut self, now: Instant, view: Arc<View>) {
+        let digest_changed = view.digest != self.view.digest;
+        self.view = Arc::clone(&view);
+        let change = match self.planner.set_view(&view) {
+            Ok(change) => change,
+            Err(error) => return self.events.push_back(Event::Unranked(error)),
+        };
+        if digest_changed || change.is_some() {
+            self.view_changes += 1;
+            self.events.push_back(Event::ViewChanged);
+        }
+        self.install();
+        let slots = view.members.iter().map(|member| (member.id, self.planner.slot_of(member.id))).collect();
+        self.events.push_back(Event::Slots(slots));
+        self.replicator.handle_view(now, self.view_input());
+        if let Some(change) = change {
+            self.move_flows(&change, now);
+        }
+        self.pump(now);
+    }
+
+    /// A stream to `peer` is open.
+    pub fn handle_connected(&mut self, now: Instant, peer: MemberId) {
+        self.replicator.handle_connected(now, peer);
+        self.pump(now);
+    }
+
+    /// The stream to `peer` is gone.
+    pub fn handle_disconnected(&mut self, now: Instant, peer: MemberId) {
+        self.replicator.handle_disconnected(now, peer);
+        self.pump(now);
+    }
+
+    /// Takes bytes of `peer`'s stream, cut anywhere. After an error, close the connection.
+    pub fn handle_data(&mut self, now: Instant, from: MemberId, bytes: &[u8]) -> Result<(), PeerError> {
+        let result = self.replicator.handle_data(now, from, bytes);
+        self.pump(now);
+        result
+    }
+
+    /// Takes the forwarder's events and does what is due.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.take_events(now);
+        if self.replicator.poll_timeout().is_some_and(|due| due <= now) {
+            self.replicator.handle_timeout(now);
+        }
+        self.pump(now);
+        self.find_missed_if_due(now);
+        if self.planner.settle(now) {
+            self.install();
+        }
+        self.close_window_if_due(now);
+        self.sweep_if_due(now);
+        self.leave_if_due(now);
+    }
+
+    // Commands.
+
+    /// Takes over the services of a configuration. [`Self::set_usable`] must follow.
+    pub fn set_services(&mut self, services: &[Service]) {
+        self.planner.set_services(services);
+        self.linger = longest_linger(&self.planner);
+    }
+
+    /// Takes the cookies of hand-offs from the cluster keys.
+    pub fn set_keys(&mut self, keys: &KeyRing) {
+        self.planner.set_keys(keys);
+        self.install();
+    }
+
+    /// Makes these the backends that new flows go to, one list a service in their order; half-open flows in slots that change are
+    /// replicated first (design §4).
+    pub fn set_usable(&mut self, now: Instant, usable: &[Vec<RankedBackend>]) {
+        let changed: Vec<_> = usable
+            .iter()
+            .enumerate()
+            .filter_map(|(index, backends)| {
+                let slots = self.planner.slots_that_would_change(index, backends)?;
+                Some((self.planner.services().nth(index)?.clone(), slots))
+            })
+            .collect();
+        if !changed.is_empty() {
+            self.take_events(now);
+            let mut half_open = Vec::new();
+            let planner = &self.planner;
+            self.forwarder.visit(&RowSet::All, &mut |record| {
+                let in_changed_slot = || {
+                    changed.iter().any(|(service, slots)| {
+                        service.has(&record.key) && slots.contains(planner.slot(&record.key))
+                    })
+                };
+                if record.state == FlowState::HalfOpen && in_changed_slot() {
+                    half_open.push(*record);
+                }
+            });
+            for record in half_open {
+                let event = FlowEvent { kind: FlowEventKind::Changed, at_once: true, record };
+                self.replicator.handle_event(now, event);
+            }
+            self.pump(now);
+        }
+        for (index, backends) in usable.iter().enumerate() {
+            self.planner.set_usable(index, backends, now);
+        }
+        self.install();
+    }
+
+    /// Begins to leave: [`Event::ReadyToLeave`] comes once what we hold is handed over. Told twice, it comes without waiting.
+    pub fn begin_leave(&mut self, now: Instant) {
+        if self.leaving_since.is_none() {
+            self.leaving_since = Some(now);
+        } else {
+            self.ready_to_leave_at = Some(now);
+        }
+    }
+
+    // Outputs.
+
+    /// The next frame for a peer. Do not ask while the peers' streams are full.
+    pub fn poll_message(&mut self, now: Instant) -> Option<(MemberId, Vec<u8>)> {
+        let message = self.replicator.poll_message();
+        if message.is_none() {
+            self.pump(now);
+        }
+        message
+    }
+
+    /// What happened, for the driver to act on or to say.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    // Views and plans.
+
+    /// Puts the planner's plan in force.
+    fn install(&mut self) {
+        let event = match self.forwarder.install(self.planner.plan()) {
+            Ok(()) => Event::Installed(self.planner.destinations()),
+            Err(error) => Event::NotInstalled(error),
+        };
+        self.events.push_back(event);
+    }
+
+    fn view_input(&self) -> ViewInput {
+        let of = |wanted: &dyn Fn(&MemberView) -> bool| -> BTreeSet<MemberId> {
+            self.view.members.iter().filter(|member| wanted(member)).map(|member| member.id).collect()
+        };
+        ViewInput {
+            ranking: self.planner.current(),
+            previous: self.planner.previous().map(|table| table as Arc<dyn Ranking>),
+            live: of(&|_| true),
+            suspects: of(&|member| member.liveness != Liveness::Alive),
+            caches: of(&|member| member.metadata.cache),
+            policy: self.settings.policy,
+            enabled: self.settings.replication,
+        }
+    }
+
+    /// Sends our part of a change's transfer tables (claims 19 and 20).
+    fn move_flows(&mut self, table_change: &TableChange, now: Instant) {
+        // What the forwarder recorded until now belongs to the tables that are sent.
+        self.take_events(now);
+        let caches: BTreeSet<MemberId> =
+            self.view.members.iter().filter(|member| member.metadata.cache).map(|member| member.id).collect();
+        let change = Change {
+            local: self.settings.local,
+            old: &*table_change.old,
+            new: &*table_change.new,
+            survivors: &table_change.survivors,
+            caches: &caches,
+        };
+        let rows = RowSet::from_rows(changed_rows(&change));
+        let mut records = Vec::new();
+        self.forwarder.visit(&rows, &mut |record| records.push(*record));
+        let transfer = plan(&change, records);
+        self.events.push_back(Event::Planned(transfer.len()));
+        self.replicator.begin_transfer(now, transfer);
+        if table_change.departed && self.settings.cache {
+            let cached = self.forwarder.flush_cache();
+            self.replicator.begin_transfer(now, plan_cache_offers(&change, cached.iter().copied()));
+            if !self.settings.flush_on_leave {
+                self.forwarder.upsert_cache(&cached);
+            }
+        }
+        self.transferring = true;
+        self.window_opened = self.planner.previous().map(|_| now);
+        self.sweep_at = Some(now + SWEEP_AFTER);
+    }
+
+    /// The window closes when every active member has gossiped the new digest, our transfers are done, and one linger has passed.
+    fn close_window_if_due(&mut self, now: Instant) {
+        let Some(opened) = self.window_opened else { return };
+        if now.duration_since(opened) < self.linger || self.transferring || !self.everybody_switched() {
+            return;
+        }
+        self.window_opened = None;
+        self.planner.close_window();
+        self.install();
+        self.replicator.handle_view(now, self.view_input());
+        let dropped = self.drop_former();
+        self.events.push_back(Event::WindowClosed(dropped));
+    }
+
+    /// Two changes after it lost a row, a member is told nothing of its flows any more: what it still has of them goes when its transfers
+    /// are done, lest it be used when a client uses a tuple again.
+    fn sweep_if_due(&mut self, now: Instant) {
+        if self.sweep_at.is_some_and(|at| at <= now) && !self.transferring {
+            self.sweep_at = None;
+            self.drop_former();
+        }
+    }
+
+    /// Drops the entries that neither the current table nor the one before gives us, and says how many.
+    fn drop_former(&mut self) -> usize {
+        let local = self.settings.local;
+        let (current, previous) = (self.planner.current(), self.planner.previous());
+        let mut births = HashMap::new();
+        self.forwarder.visit(&RowSet::All, &mut |record| {
+            births.insert(record.key, record.birth);
+        });
+        let former: Vec<FlowKey> = former_entries(local, &*current, births.keys().copied()).collect();
+        let former: Vec<FlowKey> = match &previous {
+            Some(previous) => former_entries(local, &**previous, former).collect(),
+            None => former,
+        };
+        for key in &former {
+            self.forwarder.remove(key, births[key], Duration::ZERO);
+        }
+        former.len()
+    }
+
+    fn everybody_switched(&self) -> bool {
+        self.view
+            .members
+            .iter()
+            .filter(|member| member.state == MemberState::Active && member.id != self.settings.local)
+            .all(|member| member.view_digest == self.view.digest)
+    }
+
+    fn leave_if_due(&mut self, now: Instant) {
+        let Some(since) = self.leaving_since else { return };
+        let handed_over = !self.transferring && self.everybody_switched();
+        if (handed_over || now.duration_since(since) >= LEAVE_AT_MOST) && self.ready_to_leave_at.is_none() {
+            self.ready_to_leave_at = Some(now + LEAVE_GRACE);
+        }
+        if self.ready_to_leave_at.is_some_and(|at| at <= now) && !self.left {
+            self.left = true;
+            self.events.push_back(Event::ReadyToLeave);
+        }
+    }
+
+    // Flows.
+
+    fn take_events(&mut self, now: Instant) {
+        let mut events = Vec::new();
+        self.forwarder.poll_events(&mut events, EVENTS_AT_ONCE);
+        for event in events {
+            self.replicator.handle_event(now, event);
+        }
+    }
+
+    /// If the event queue overflowed, whatever is not stamped or not protected is looked at as if it had just changed.
+    fn find_missed_if_due(&mut self, now: Instant) {
+        if self.lost_asked_at.is_some_and(|at| now.duration_since(at) < LOST_EVENTS_EVERY) {
+            return;
+        }
+        self.lost_asked_at = Some(now);
+        let lost = self.forwarder.counters().events_lost;
+        if lost <= self.events_lost {
+            return;
+        }
+        self.events_lost = lost;
+        let mut missed = Vec::new();
+        self.forwarder.visit(&RowSet::All, &mut |record| {
+            let protected = record.flags.has(phalanx_flow::FlowFlags::PROTECTED);
+            if record.birth == 0 || (!protected && record.state != FlowState::HalfOpen) {
+                missed.push(*record);
+            }
+        });
+        self.events.push_back(Event::Missed(missed.len()));
+        for record in missed {
+            let kind = if record.birth == 0 { FlowEventKind::New } else { FlowEventKind::Changed };
+            self.replicator.handle_event(now, FlowEvent { kind, at_once: false, record });
+        }
+        self.pump(now);
+    }
+
+    /// Carries out whatever the replicator wants of the forwarder, until it wants nothing more.
+    fn pump(&mut self, now: Instant) {
+        loop {
+            let mut idle = true;
+            while let Some(batch) = self.replicator.poll_apply() {
+                idle = false;
+                let results = self.apply(&batch);
+                self.replicator.handle_applied(now, batch.id, &results);
+            }
+            while let Some(lookup) = self.replicator.poll_lookup() {
+                idle = false;
+                let records: Vec<Option<Record>> =
+                    lookup.keys.iter().map(|key| self.forwarder.get(key)).collect();
+                self.replicator.handle_lookup(now, lookup.id, &records);
+            }
+            while let Some(event) = self.replicator.poll_event() {
+                idle = false;
+                self.handle_replication(event, now);
+            }
+            if idle {
+                return;
+            }
+        }
+    }
+
+    fn handle_replication(&mut self, event: ReplicationEvent, now: Instant) {
+        match event {
+            ReplicationEvent::AllDone => self.transferring = false,
+            ReplicationEvent::Overflow { peer } => {
+                let mut records = Vec::new();
+                self.forwarder.visit(&RowSet::All, &mut |record| records.push(*record));
+                let refill = plan_refill(&*self.planner.current(), peer, records);
+                self.events.push_back(Event::Refilled(peer, refill.len()));
+                self.transferring = true;
+                self.replicator.begin_transfer(now, refill);
+            }
+            _ => {}
+        }
+        self.events.push_back(Event::Replication(event));
+    }
+
+    fn apply(&mut self, batch: &ApplyBatch) -> Vec<ApplyResult> {
+        let mut results = Vec::with_capacity(batch.items.len());
+        let mut upserts: Vec<Record> = Vec::new();
+        for item in &batch.items {
+            if let Apply::Upsert(record) = item {
+                upserts.push(*record);
+                continue;
+            }
+            self.upsert(&mut upserts, &mut results);
+            results.push(self.apply_one(item));
+        }
+        self.upsert(&mut upserts, &mut results);
+        results
+    }
+
+    /// Upserts what has gathered; backends that nobody here knew get a place in the plan first.
+    fn upsert(&mut self, records: &mut Vec<Record>, results: &mut Vec<ApplyResult>) {
+        if records.is_empty() {
+            return;
+        }
+        let mut answers = self.forwarder.upsert(records);
+        if answers.contains(&Upserted::UnknownBackend) {
+            let mut new = false;
+            for record in records.iter() {
+                new |= self.planner.register(record.backend);
+            }
+            if new {
+                self.install();
+            }
+            answers = self
+                .forwarder
+                .upsert(records)
+                .into_iter()
+                .zip(answers)
+                // What the first round applied is stale in the second, and applied all the same.
+                .map(|(second, first)| if first == Upserted::UnknownBackend { second } else { first })
+                .collect();
+        }
+        results.extend(answers.into_iter().map(|answer| match answer {
+            Upserted::Applied => ApplyResult::Applied,
+            Upserted::Stale => ApplyResult::Stale,
+            Upserted::Full => ApplyResult::Full,
+            Upserted::UnknownBackend => ApplyResult::UnknownBackend,
+        }));
+        records.clear();
+    }
+
+    fn apply_one(&mut self, item: &Apply) -> ApplyResult {
+        let done = |did: bool| if did { ApplyResult::Applied } else { ApplyResult::Stale };
+        match *item {
+            // Gathered by the caller.
+            Apply::Upsert(_) => ApplyResult::Stale,
+            Apply::Remove { key, birth, min_idle_ms } => {
+                done(self.forwarder.remove(&key, birth, Duration::from_millis(u64::from(min_idle_ms))))
+            }
+            Apply::Touch { key, idle_ms } => {
+                self.forwarder.touch(&[(key, idle_ms)]);
+                ApplyResult::Applied
+            }
+            Apply::CacheUpsert(record) => {
+                if self.planner.register(record.backend) {
+                    self.install();
+                }
+                self.forwarder.upsert_cache(&[record]);
+                ApplyResult::Applied
+            }
+            Apply::CacheRemove { key } => {
+                self.forwarder.remove_cache(&[key]);
+                ApplyResult::Applied
+            }
+            Apply::Stamp { key, birth } => done(self.forwarder.stamp(&key, birth)),
+            Apply::Protect { key, birth, update } => {
+                self.forwarder.protect(&key, birth, update);
+                ApplyResult::Applied
+            }
+        }
+    }
+}
+
+fn longest_linger(planner: &Planner) -> Duration {
+    planner.services().map(|service| service.linger).max().unwrap_or_default()
+}

@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 mod ebpf;
 mod membership;
 mod picture;
+mod sim;
 mod tidy;
 
 /// `cargo xtask`: what the project needs beside cargo.
@@ -34,6 +35,12 @@ enum Task {
         /// Also an hour of a hundred members, and the WAN profile: some 40 minutes.
         #[arg(long)]
         long: bool,
+    },
+    /// Run a whole site in virtual time, from seeds, and look at it with checkers; `cargo xtask sim -- --help` says more.
+    Sim {
+        /// Passed on to it: --seeds, --from, --members, --trace, ...
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// Build, check or show the program that the kernel runs.
     Ebpf {
@@ -89,6 +96,7 @@ fn run(task: &Task) -> Result<()> {
         Task::Features => features(&root),
         Task::Ebpf { task } => ebpf::run(*task, &root),
         Task::Membership { long } => membership::run(&root, *long),
+        Task::Sim { arguments } => sim::run(&root, arguments),
         Task::Bench { which, arguments } => bench(&root, *which, arguments),
         Task::Picture { run, twin } => picture::run(&root, run.as_deref().zip(twin.as_deref())),
     }

@@ -4,6 +4,7 @@
 //! [`Batch::target`] says where the packet goes, and [`crate::rewrite`] makes it go there.
 
 mod ahead;
+mod clock;
 mod held;
 mod table;
 #[cfg(test)]
@@ -13,7 +14,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use hashbrown::HashMap;
@@ -30,6 +31,7 @@ use phalanx_flow::{
 use crate::counters::SharedCounters;
 use crate::plan::{NextHop, NextHops, Plan, PlanBackend, PlanMember, PlanService};
 use crate::{Counters, Drop, InstallError, RowSet, Upserted};
+pub use clock::Clock;
 use held::Held;
 pub(crate) use held::HeldFrame;
 pub use table::TableLimits;
@@ -187,7 +189,7 @@ pub struct Engine {
     pub(crate) held: Mutex<Held>,
     events: Mutex<VecDeque<FlowEvent>>,
     echoes: Mutex<Vec<u64>>,
-    started: Instant,
+    clock: Clock,
     lease_until_ms: AtomicU64,
     lease_term_ms: AtomicU64,
     errors_sent: ErrorLimit,
@@ -413,6 +415,11 @@ impl ErrorLimit {
 impl Engine {
     /// An engine that carries out `plan`, with empty tables and no lease.
     pub fn new(plan: Plan, limits: TableLimits) -> Result<Self, InstallError> {
+        Self::with_clock(plan, limits, Clock::started_now())
+    }
+
+    /// The same by another clock.
+    pub fn with_clock(plan: Plan, limits: TableLimits, clock: Clock) -> Result<Self, InstallError> {
         Ok(Self {
             state: ArcSwap::from_pointee(State {
                 plan: Arc::new(CompiledPlan::new(plan)?),
@@ -424,7 +431,7 @@ impl Engine {
             held: Mutex::default(),
             events: Mutex::default(),
             echoes: Mutex::default(),
-            started: Instant::now(),
+            clock,
             lease_until_ms: AtomicU64::new(0),
             lease_term_ms: AtomicU64::new(0),
             errors_sent: ErrorLimit::default(),
@@ -435,7 +442,7 @@ impl Engine {
 
     /// The clock of the engine's entries, in milliseconds; monotonic, and so far from 0 that every idle time fits behind it.
     pub fn now_ms(&self) -> u64 {
-        CLOCK_START_MS + self.started.elapsed().as_millis() as u64
+        CLOCK_START_MS + self.clock.elapsed_ms()
     }
 
     /// The plan in force.

@@ -1,0 +1,169 @@
+//! *Sticky*: no packet of an open connection reaches another backend while one holder lives.
+//!
+//! A connection that goes astray is excused only if its state was lost through no fault of the members: at the moment of some change
+//! no running member that holds it could be reached any more, and either more than one member was lost at once, or the last trouble (or
+//! the connection's opening) was so recent that its second holder could not have it yet.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::{Checker, Findings};
+use crate::schedule::Change;
+use crate::world::World;
+use crate::world::event::{Kind, Packet};
+use crate::world::node::backend_number;
+
+/// How long replication of one flow may take where all is well.
+const REPLICATED: Duration = Duration::from_millis(500);
+
+/// How long after a change a second holder may still be missing: detection, confirmation, transfer.
+const RESTORED: Duration = Duration::from_millis(7_500);
+
+/// How long members that were apart may take to believe in each other again: retries to who is down, greetings, the join.
+const MERGED: Duration = Duration::from_secs(25);
+
+/// See the module's doc.
+#[derive(Debug, Default)]
+pub struct Sticky {
+    /// When the last change was that may leave flows with one holder.
+    trouble: Duration,
+    /// Flows that members lost, and by when they must have found them again (never, if nobody has them).
+    lost: Vec<Option<Loss>>,
+    /// Who held what before the change that is carried out now.
+    reach: Vec<BTreeSet<usize>>,
+}
+
+#[derive(Clone, Debug)]
+struct Loss {
+    /// Members that could not reach a holder; empty: there is none.
+    by: BTreeSet<usize>,
+    until: Option<Duration>,
+}
+
+/// The members with a daemon that have the flow as it is.
+fn holders(world: &World, flow: usize) -> BTreeSet<usize> {
+    let entry = &world.flows[flow];
+    world
+        .running()
+        .filter(|node| {
+            let record = world.nodes[*node]
+                .forwarder
+                .as_ref()
+                .and_then(|forwarder| phalanx_forwarder::Forwarder::get(&**forwarder, &entry.key));
+            record.is_some_and(|record| Some(backend_number(&record.backend)) == entry.backend)
+        })
+        .collect()
+}
+
+/// For each member, which members it exchanges packets with.
+fn reach(world: &World) -> Vec<BTreeSet<usize>> {
+    (0..world.nodes.len())
+        .map(|from| {
+            if !world.nodes[from].runs() {
+                return BTreeSet::new();
+            }
+            world.running().filter(|to| world.linked(from, *to)).collect()
+        })
+        .collect()
+}
+
+fn is_trouble(change: &Change) -> bool {
+    !matches!(change, Change::Rehash | Change::Burst(_))
+}
+
+impl Checker for Sticky {
+    fn name(&self) -> &'static str {
+        "sticky"
+    }
+
+    fn changing(&mut self, world: &World, _: &Change, _: &mut Findings) {
+        self.reach = reach(world);
+    }
+
+    fn changed(&mut self, world: &World, change: &Change, _: &mut Findings) {
+        let after = reach(world);
+        self.lost.resize(world.flows.len(), None);
+        let calm = world.now.saturating_sub(self.trouble) >= RESTORED && !world.is_troubled();
+        for flow in 0..world.flows.len() {
+            let entry = &world.flows[flow];
+            if entry.backend.is_none() || entry.broken {
+                continue;
+            }
+            let held = holders(world, flow);
+            let replicated = entry.established.is_some_and(|at| world.now.saturating_sub(at) >= REPLICATED);
+            let mut by = BTreeSet::new();
+            for (node, reached) in after.iter().enumerate() {
+                if reached.is_empty() || !held.is_disjoint(reached) {
+                    continue;
+                }
+                let gone = self.reach.get(node).map_or(0, |before| before.difference(reached).count());
+                let inexcusable = calm && replicated && gone <= 1 && world.settings.cramped.is_none();
+                if !inexcusable {
+                    by.insert(node);
+                }
+            }
+            if held.is_empty() && after.iter().all(|reached| reached.is_empty() || !by.is_empty()) {
+                self.lost[flow] = Some(Loss { by: BTreeSet::new(), until: None });
+            } else if !by.is_empty() {
+                let until = Some(world.now + MERGED);
+                match &mut self.lost[flow] {
+                    Some(Loss { until: None, .. }) => {}
+                    Some(loss) => {
+                        loss.by.extend(by);
+                        loss.until = until;
+                    }
+                    none => *none = Some(Loss { by, until }),
+                }
+            }
+        }
+        if is_trouble(change) {
+            self.trouble = world.now + duration(change);
+        }
+    }
+
+    fn sampled(&mut self, world: &World, _: &mut Findings) {
+        // As long as members are apart, what one side lost stays lost to it.
+        if world.is_troubled() {
+            let until = world.now + MERGED;
+            for loss in self.lost.iter_mut().flatten() {
+                if loss.until.is_some_and(|known| known > world.now) {
+                    loss.until = Some(until);
+                }
+            }
+        }
+    }
+
+    fn astray(&mut self, world: &World, packet: &Packet, backend: usize, findings: &mut Findings) {
+        let flow = &world.flows[packet.flow];
+        // A connection that was asked for twice may be answered twice; the client has taken the first answer.
+        if flow.established.is_none() && packet.kind != Kind::Data {
+            return findings.excused.push(packet.flow);
+        }
+        let excused = self.lost.get(packet.flow).and_then(Option::as_ref).is_some_and(|loss| {
+            let now = loss.until.is_none_or(|until| until >= world.now);
+            let here = loss.by.is_empty()
+                || packet.path.iter().any(|node| {
+                    let node = usize::from(*node);
+                    loss.by.contains(&node) || loss.by.iter().any(|other| world.linked(node, *other))
+                });
+            now && here
+        });
+        if excused {
+            return findings.excused.push(packet.flow);
+        }
+        let held: Vec<usize> = holders(world, packet.flow).into_iter().map(|node| node + 1).collect();
+        let path: Vec<u16> = packet.path.iter().map(|node| node + 1).collect();
+        findings.violate(format!(
+            "flow {} ({}) of b{:?} came to b{backend} by {path:?} ({:?}); held by {held:?}",
+            packet.flow, flow.key, flow.backend, packet.kind
+        ));
+    }
+}
+
+/// How long a change itself goes on.
+fn duration(change: &Change) -> Duration {
+    match change {
+        Change::Stall(_, length) | Change::Loss(_, length) | Change::Slow(_, _, length) => *length,
+        _ => Duration::ZERO,
+    }
+}

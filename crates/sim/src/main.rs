@@ -1,0 +1,112 @@
+//! `cargo xtask sim`: see `docs/testing.md`.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use phalanx_sim::faults::Fault;
+use phalanx_sim::runner::{self, Options};
+use phalanx_sim::schedule::generate;
+
+/// Runs a whole site in virtual time, from seeds.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask sim", bin_name = "cargo xtask sim")]
+struct Cli {
+    /// How many seeds.
+    #[arg(long, default_value_t = 300)]
+    seeds: u64,
+    /// The first of them.
+    #[arg(long, default_value_t = 0)]
+    from: u64,
+    /// Members at the start, instead of as many as the seed says.
+    #[arg(long)]
+    members: Option<usize>,
+    /// Tell the story of this seed.
+    #[arg(long)]
+    trace: Option<u64>,
+    /// Tell every packet of this flow in it.
+    #[arg(long, requires = "trace")]
+    flow: Option<usize>,
+    /// Run only the changes before this time, in seconds.
+    #[arg(long)]
+    until: Option<f64>,
+    /// Switch replication off.
+    #[arg(long)]
+    twin: bool,
+    /// Plant this fault.
+    #[arg(long, value_parser = |name: &str| Fault::named(name).ok_or("no such fault"))]
+    fault: Option<Fault>,
+    /// Threads.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let options = Options {
+        members: cli.members,
+        twin: cli.twin,
+        fault: cli.fault,
+        story: cli.trace.is_some(),
+        watched: cli.flow,
+        until: cli.until,
+    };
+    if let Some(seed) = cli.trace {
+        return trace(seed, options);
+    }
+    let mut by_checker: BTreeMap<&'static str, (u64, u64)> = BTreeMap::new();
+    let (mut opened, mut broken, mut lost, mut live, mut off, mut packets, mut hand_offs) =
+        (0, 0, 0, 0, 0, 0, 0);
+    let mut slowest = Duration::ZERO;
+    let mut failed = Vec::new();
+    runner::run_many(cli.from, cli.seeds, cli.threads, options, |report| {
+        opened += report.opened;
+        broken += report.broken();
+        lost += report.lost();
+        live += report.live;
+        off += report.off_choice;
+        packets += report.packets;
+        hand_offs += report.hand_offs;
+        slowest = slowest.max(report.converged_in.unwrap_or_default());
+        let mut seen = std::collections::BTreeSet::new();
+        for violation in &report.violations {
+            let (seeds, first) = by_checker.entry(violation.checker).or_insert((0, report.seed));
+            if seen.insert(violation.checker) {
+                *seeds += 1;
+                *first = (*first).min(report.seed);
+            }
+        }
+        if let Some(first) = report.violations.first() {
+            println!("seed {}: {} at {:.3?}: {}", report.seed, first.checker, first.at, first.what);
+            failed.push(report.seed);
+        }
+    });
+    println!(
+        "{} seeds: {} failed; {opened} connections, {broken} broken, {lost} lost with all holders; {off} of {live} live flows off \
+         the consistent choice; {packets} rulings, {hand_offs} hand-offs; slowest to converge {slowest:.1?}",
+        cli.seeds,
+        failed.len()
+    );
+    for (checker, (seeds, first)) in &by_checker {
+        println!("  {checker:12} in {seeds} seeds, first {first}");
+    }
+    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn trace(seed: u64, options: Options) -> ExitCode {
+    let settings = options.settings(seed);
+    println!("{settings:#?}");
+    for (at, change) in generate(&settings) {
+        println!("{:>9.3} {change}", at.as_secs_f64());
+    }
+    let report = runner::run(seed, options);
+    for (at, line) in &report.story {
+        println!("{:>9.3} {line}", at.as_secs_f64());
+    }
+    println!("broken: {:?}; converged in {:?}", report.broken_by, report.converged_in);
+    for violation in &report.violations {
+        println!("{:>9.3} {}: {}", violation.at.as_secs_f64(), violation.checker, violation.what);
+    }
+    if report.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

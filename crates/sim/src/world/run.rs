@@ -1,0 +1,221 @@
+//! A run from its first moment to its last.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use phalanx_flow::member::Liveness;
+use phalanx_membership::MemberState;
+use rand::RngExt as _;
+
+use super::event::Event;
+use super::traffic::Phase;
+use super::{SAMPLE, World};
+use crate::checks::Violation;
+use crate::schedule::{Change, FLOWS_FROM};
+use crate::settings::Balancer;
+
+/// How long a site may take after the last change until all members agree, all is transferred and every window is closed; see
+/// `docs/testing.md`.
+pub(crate) const CONVERGES: Duration = Duration::from_secs(45);
+
+/// How long it is left alone after that before what is held is looked at.
+const REST: Duration = Duration::from_secs(2);
+
+/// How long after the end of all traffic nothing may be remembered: idle timeout, the waits for other holders' answers, and slack.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+
+/// What a run showed.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Of the run.
+    pub seed: u64,
+    /// What is not as it should be.
+    pub violations: Vec<Violation>,
+    /// Connections opened.
+    pub opened: u64,
+    /// Connections that were broken, by the kind of the change before: \[avoidable, unavoidable\].
+    pub broken_by: BTreeMap<&'static str, [u64; 2]>,
+    /// Live flows when the changes under test began, and those off the consistent choice.
+    pub live: usize,
+    /// See [`Self::live`].
+    pub off_choice: usize,
+    /// From the last change until all was as it should be.
+    pub converged_in: Option<Duration>,
+    /// Packets that members ruled on, and hand-offs.
+    pub packets: u64,
+    /// See [`Self::packets`].
+    pub hand_offs: u64,
+    /// The story, if it was to be told.
+    pub story: Vec<(Duration, String)>,
+}
+
+impl Report {
+    /// Connections broken that need not have been.
+    pub fn broken(&self) -> u64 {
+        self.broken_by.values().map(|[avoidable, _]| avoidable).sum()
+    }
+
+    /// Connections broken because every holder was lost.
+    pub fn lost(&self) -> u64 {
+        self.broken_by.values().map(|[_, lost]| lost).sum()
+    }
+}
+
+impl World {
+    /// Runs to the end.
+    pub fn run(mut self) -> Report {
+        let mut report = Report { seed: self.settings.seed, ..Report::default() };
+        self.push(SAMPLE, Event::Sample);
+        self.run_for(FLOWS_FROM);
+        let flows = self.settings.flows;
+        self.open(flows, Duration::from_secs(2));
+        let first =
+            self.schedule.iter().map(|(at, _)| *at).find(|at| *at > FLOWS_FROM + Duration::from_secs(5));
+        if let Some(first) = first {
+            self.run_until(first - Duration::from_millis(1));
+        }
+        (report.live, report.off_choice) = self.off_choice();
+        let last = self.schedule.last().map(|(at, _)| *at).unwrap_or_default();
+        self.run_until(last);
+        self.mend();
+        let from = self.now;
+        if self.settings.balancer == Balancer::Phalanx {
+            while self.now < from + CONVERGES && self.unsettled().is_some() {
+                self.run_for(SAMPLE);
+            }
+            match self.unsettled() {
+                None => report.converged_in = Some(self.now - from),
+                Some(reason) => {
+                    self.findings.violate_as("converges", self.now, format!("after {CONVERGES:?}: {reason}"));
+                }
+            }
+            self.run_for(REST);
+            self.check(|checker, world, findings| checker.settled(world, findings));
+            self.end_traffic();
+            let end = self.now + FORGOTTEN_AFTER;
+            self.run_for(self.settings.linger);
+            while self.now < end && !self.is_empty() {
+                self.run_for(SAMPLE * 4);
+            }
+            self.check(|checker, world, findings| checker.emptied(world, findings));
+        } else {
+            self.run_for(Duration::from_secs(10));
+        }
+        report.violations = std::mem::take(&mut self.findings.violations);
+        report.opened = self.opened;
+        report.broken_by = self.broken_by;
+        report.packets = self.packets;
+        report.hand_offs = self.hand_offs;
+        report.story = self.story.unwrap_or_default();
+        report
+    }
+
+    fn run_until(&mut self, at: Duration) {
+        if at > self.now {
+            self.run_for(at - self.now);
+        }
+    }
+
+    /// What the schedule left broken is mended: partitions, dead daemons over live forwarders, members that stand still.
+    fn mend(&mut self) {
+        self.run_for(Duration::from_millis(500));
+        let zombies: Vec<usize> = (0..self.nodes.len())
+            .filter(|node| self.nodes[*node].process.is_none() && self.nodes[*node].forwarder.is_some())
+            .collect();
+        let nobody = self.nodes.iter().all(|node| node.process.is_none());
+        let mut mending = vec![Change::Heal];
+        mending.extend(zombies.into_iter().map(Change::Adopt));
+        if nobody && self.settings.balancer == Balancer::Phalanx {
+            mending.push(Change::Start(0));
+        }
+        for change in mending {
+            self.schedule.push((self.now, change));
+            let index = self.schedule.len() - 1;
+            self.happen(Event::Change(index));
+        }
+        let longest = Duration::from_secs(10);
+        let until = self.now + longest;
+        while self.now < until
+            && self.nodes.iter().any(|node| node.is_stalled() || node.leaving && node.process.is_some())
+        {
+            self.run_for(SAMPLE);
+        }
+    }
+
+    /// Why the site is not at rest yet.
+    pub fn unsettled(&self) -> Option<String> {
+        let mut digest = None;
+        let count = self.nodes.iter().filter(|node| node.process.is_some()).count();
+        for (at, node) in self.nodes.iter().enumerate() {
+            let name = at + 1;
+            if node.is_stalled() {
+                return Some(format!("m{name} stands still"));
+            }
+            let Some(process) = &node.process else { continue };
+            if process.membership.state() != MemberState::Active {
+                return Some(format!("m{name} is {:?}", process.membership.state()));
+            }
+            let view = process.membership.view();
+            if *digest.get_or_insert(view.digest) != view.digest || view.members.len() != count {
+                return Some(format!("m{name} has another view: {} of {count} members", view.members.len()));
+            }
+            if let Some(other) =
+                view.members.iter().find(|other| !other.known || other.liveness != Liveness::Alive)
+            {
+                return Some(format!("m{name} holds m{} to be {:?}", other.id, other.liveness));
+            }
+            if process.control.window_open() {
+                return Some(format!("m{name} has its handover window open"));
+            }
+            if process.control.replicator().transfers().next().is_some() {
+                return Some(format!("m{name} is sending transfer tables"));
+            }
+            if count > 1 && process.links.len() + 1 < count {
+                return Some(format!("m{name} is not connected with all"));
+            }
+            if self.settings.cramped.is_none()
+                && process.control.replicator().unprotected() > 0
+                && self.ranked() > 1
+            {
+                return Some(format!(
+                    "m{name} has {} unprotected flows",
+                    process.control.replicator().unprotected()
+                ));
+            }
+        }
+        None
+    }
+
+    /// Members that own rows.
+    pub fn ranked(&self) -> usize {
+        self.nodes.iter().filter(|node| node.process.is_some() && node.weight > 0).count()
+    }
+
+    /// All clients end, each in its way.
+    fn end_traffic(&mut self) {
+        self.tell(|| "-- all clients end".to_owned());
+        self.ending = true;
+        for flow in 0..self.flows.len() {
+            if self.flows[flow].phase == Phase::Opening {
+                self.flows[flow].phase = Phase::Over;
+                self.flows[flow].stop_waiting();
+            }
+            let late = self.traffic.random_range(Duration::ZERO..Duration::from_secs(1));
+            self.client_timer(flow, late);
+        }
+        self.run_for(Duration::from_secs(4));
+        // Who still waits for an answer gives up.
+        for flow in &mut self.flows {
+            flow.phase = Phase::Over;
+            flow.stop_waiting();
+        }
+    }
+
+    /// Whether no member remembers any flow.
+    fn is_empty(&self) -> bool {
+        self.nodes.iter().filter_map(|node| node.forwarder.as_ref()).all(|forwarder| {
+            let counters = phalanx_forwarder::Forwarder::counters(&**forwarder);
+            counters.flows + counters.half_open + counters.cached == 0
+        })
+    }
+}

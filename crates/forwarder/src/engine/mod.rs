@@ -572,7 +572,17 @@ impl Engine {
                     put
                 }
                 // The shard was locked all the while: what was read is still there.
-                Action::Update => shard.update(decision.hash, decision.key, decision.entry),
+                Action::Update => {
+                    let put = shard.update(decision.hash, decision.key, decision.entry);
+                    if put == Put::Full {
+                        // The flow stays half-open, and lives on as such: nothing changed that anybody must hear of.
+                        lost = true;
+                        if let Some(entry) = shard.get_mut(decision.hash, &decision.key) {
+                            entry.last_seen_ms = decision.entry.last_seen_ms;
+                        }
+                    }
+                    put
+                }
                 Action::UpdateCache => {
                     if let Some(entry) = shard.cache.get_mut(&decision.key) {
                         *entry = decision.entry;

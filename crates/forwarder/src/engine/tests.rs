@@ -73,11 +73,39 @@ fn a_half_open_flow_that_finds_the_table_full_stays_half_open() {
     engine.upsert(&lines.map(|line| record(&line, FlowState::Established, 0)).collect::<Vec<_>>());
     let before = engine.read_counters();
     rule(&engine, "ip4 10.9.0.1>192.0.2.1 tcp 40000>80 S");
+    assert_eq!(events(&engine).iter().map(|event| event.kind).collect::<Vec<_>>(), [FlowEventKind::New]);
     assert_eq!(rule(&engine, ACK).outcome, Outcome::Hit);
     let after = engine.read_counters();
     assert_eq!((after.flows, after.half_open), (before.flows, 1));
     assert_eq!(after.table_full, before.table_full + 1);
     assert_eq!(engine.get(&key(FLOW)).map(|record| record.state), Some(FlowState::HalfOpen));
+}
+
+#[test]
+fn a_flow_that_stays_half_open_lives_by_its_packets_and_tells_nothing() {
+    let engine = engine(TableLimits { flows: 1, half_open: 4096, cached: 64 });
+    let lines = (1..=2000).map(|port| format!("tcp 10.9.0.2 {port} 192.0.2.1 80"));
+    engine.upsert(&lines.map(|line| record(&line, FlowState::Established, 0)).collect::<Vec<_>>());
+    // As old as the half-open flows that are about to expire.
+    engine.upsert(&[record(FLOW, FlowState::HalfOpen, 4_000)]);
+    for _ in 0..3 {
+        assert_eq!(rule(&engine, ACK).outcome, Outcome::Hit);
+        assert_eq!(events(&engine), [], "nothing changed");
+    }
+    let kept = engine.get(&key(FLOW)).expect("the flow");
+    assert_eq!((kept.state, kept.update), (FlowState::HalfOpen, 0));
+    assert!(kept.idle_ms < 4_000, "{} ms", kept.idle_ms);
+    // Its end is no news either: nobody was told of its beginning.
+    rule(&engine, "ip4 10.9.0.1>192.0.2.1 tcp 40000>80 R");
+    assert_eq!(events(&engine), []);
+    // The twin: with room again the next packet establishes it, and that is told, once.
+    for port in 1..=2000 {
+        engine.remove(&key(&format!("tcp 10.9.0.2 {port} 192.0.2.1 80")), 0, Duration::ZERO);
+    }
+    rule(&engine, ACK);
+    rule(&engine, ACK);
+    assert_eq!(events(&engine).iter().map(|event| event.kind).collect::<Vec<_>>(), [FlowEventKind::Changed]);
+    assert_eq!(engine.get(&key(FLOW)).map(|record| record.state), Some(FlowState::Established));
 }
 
 #[test]

@@ -28,6 +28,10 @@ const RESERVE: usize = HEADROOM + 32;
 pub(crate) const VNET_HEADER: usize = 10;
 const NEEDS_CHECKSUM: u8 = 1;
 
+/// Bytes of a VLAN tag (IEEE 802.1Q), which stands behind the two MAC addresses.
+const VLAN_TAG: usize = 4;
+const MAC_ADDRESSES: usize = 12;
+
 /// How many frames earlier a frame is looked at: long enough for memory to answer, few enough for the processor to keep in mind.
 const AHEAD: usize = 8;
 
@@ -183,8 +187,12 @@ impl Block<'_> {
                     end - offset - FRAME_HEADER,
                 )
             };
-            let start = mac - FRAME_HEADER;
-            let offload = storage[start - VNET_HEADER..].first_chunk::<VNET_HEADER>().map(read_vnet_header);
+            let mut start = mac - FRAME_HEADER;
+            let mut offload =
+                storage[start - VNET_HEADER..].first_chunk::<VNET_HEADER>().map(read_vnet_header);
+            if header.tp_status & libc::TP_STATUS_VLAN_VALID != 0 {
+                put_tag_back(storage, &mut start, &mut offload, &header);
+            }
             let whole = header.tp_snaplen == header.tp_len;
             let length = storage.len() - start;
             match (FrameBuf::new(storage, start, length), offload) {
@@ -222,6 +230,31 @@ impl Block<'_> {
 impl Drop for Block<'_> {
     fn drop(&mut self) {
         self.status().store(libc::TP_STATUS_KERNEL, Ordering::Release);
+    }
+}
+
+/// Writes the VLAN tag, which the kernel took off and noted beside the frame, where it was: what answers a frame must have it.
+#[cold]
+fn put_tag_back(
+    storage: &mut [u8],
+    start: &mut usize,
+    offload: &mut Option<Offload>,
+    header: &libc::tpacket3_hdr,
+) {
+    let Some(head) = start.checked_sub(VLAN_TAG) else { return };
+    let Some(addresses) = storage.get_mut(head..*start + MAC_ADDRESSES) else { return };
+    addresses.copy_within(VLAN_TAG.., 0);
+    let known = header.tp_status & libc::TP_STATUS_VLAN_TPID_VALID != 0;
+    let tpid = if known { header.hv1.tp_vlan_tpid } else { libc::ETH_P_8021Q as u16 };
+    addresses[MAC_ADDRESSES..][..2].copy_from_slice(&tpid.to_be_bytes());
+    addresses[MAC_ADDRESSES + 2..].copy_from_slice(&(header.hv1.tp_vlan_tci as u16).to_be_bytes());
+    *start = head;
+    if let Some(offload) = offload {
+        let behind = VLAN_TAG as u16;
+        offload.checksum = offload.checksum.map(|(from, field)| (from.saturating_add(behind), field));
+        offload.merged = offload
+            .merged
+            .map(|merged| Merged { header_length: merged.header_length.saturating_add(behind), ..merged });
     }
 }
 
@@ -286,7 +319,12 @@ pub(crate) fn set_option<T>(socket: &OwnedFd, name: c_int, value: &T) -> io::Res
     set_option_at(socket, libc::SOL_PACKET, name, value)
 }
 
-pub(crate) fn set_option_at<T>(socket: &OwnedFd, level: c_int, name: c_int, value: &T) -> io::Result<()> {
+pub(crate) fn set_option_at<T>(
+    socket: &impl AsRawFd,
+    level: c_int,
+    name: c_int,
+    value: &T,
+) -> io::Result<()> {
     // SAFETY: the pointer and length are those of `value`, a plain structure of the kernel's interface.
     let result = unsafe {
         libc::setsockopt(

@@ -38,6 +38,9 @@ const FILTER_PRIORITY: u16 = 0x5048;
 /// "PHLX": says whose it is.
 const FILTER_HANDLE: u32 = 0x5048_4c58;
 
+/// include/uapi/linux/udp.h
+const UDP_NO_CHECK6_RX: libc::c_int = 102;
+
 /// The least MTU of an interface: IPv6's (RFC 8200 §5).
 const LEAST_MTU: u32 = 1280;
 
@@ -302,6 +305,10 @@ fn usable(netlink: &mut Netlink, name: &str) -> Result<Link, StartError> {
 fn hand_off_socket(address: IpAddr, port: u16) -> Result<UdpSocket, StartError> {
     let open = || {
         let socket = UdpSocket::bind((address, port))?;
+        if address.is_ipv6() {
+            // Hand-offs have no UDP checksum (RFC 6935 §5), which IPv6 sockets refuse unless told.
+            ring::set_option_at(&socket, libc::SOL_UDP, UDP_NO_CHECK6_RX, &1_i32)?;
+        }
         socket.set_nonblocking(true)?;
         Ok(socket)
     };

@@ -74,6 +74,7 @@ pub fn run(args: &DecapArgs) -> Result<()> {
         let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
         if address.is_ipv6() {
             socket.set_only_v6(true)?;
+            take_without_checksum(&socket).context("cannot take UDP over IPv6 without checksums")?;
         }
         socket
             .bind(&address.into())
@@ -82,6 +83,24 @@ pub fn run(args: &DecapArgs) -> Result<()> {
     }
     let mut sink = Sink::open(args)?;
     pump(&mut sources, &mut sink)
+}
+
+/// Lets an IPv6 UDP socket receive datagrams without a checksum, as tunnels send them (RFC 6935 §5): the packet inside has its own.
+fn take_without_checksum(socket: &Socket) -> io::Result<()> {
+    /// include/uapi/linux/udp.h
+    const UDP_NO_CHECK6_RX: libc::c_int = 102;
+    let on: libc::c_int = 1;
+    // SAFETY: the pointer and length are those of `on`.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            UDP_NO_CHECK6_RX,
+            (&raw const on).cast(),
+            size_of_val(&on) as libc::socklen_t,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// What stands before the inner packet in what a socket gives.

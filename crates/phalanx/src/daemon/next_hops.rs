@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use phalanx_control::Destinations;
 use phalanx_forwarder::{Forwarder, NextHop, NextHops};
-use phalanx_netlink::{Lookup, Mac, Monitor, Netlink, RouteKind};
+use phalanx_netlink::{Lookup, Mac, Monitor, Netlink, Reachability, RouteKind};
 
 /// How long a wait for changes in the kernel lasts before the driver looks whether the plan has changed.
 const WAIT: Duration = Duration::from_millis(20);
@@ -166,7 +166,10 @@ impl Resolver {
         let entry = self.netlink.neighbour(hop.index, neighbour)?;
         let mac = entry.as_ref().and_then(phalanx_netlink::Neighbour::usable_mac);
         let due = self.confirmed.get(&place).is_none_or(|at| now.duration_since(*at) >= CONFIRM);
-        if mac.is_none() || due {
+        // An operator's own entry is not asked for: there is nothing to confirm, and the kernel (5.16 and later, `__neigh_update`)
+        // would turn it into an ordinary one, which goes when nobody answers.
+        let permanent = entry.is_some_and(|entry| entry.state == Reachability::Permanent);
+        if mac.is_none() || due && !permanent {
             self.confirmed.insert(place, now);
             self.netlink.resolve_neighbour(hop.index, neighbour)?;
         }

@@ -4,6 +4,8 @@
 //! connections stall, and two sites at a time would measure each other. `PHALANX_KEEP=DIR` leaves the members' configurations and
 //! logs behind, a directory a test.
 
+pub mod wire;
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

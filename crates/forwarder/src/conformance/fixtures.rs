@@ -259,7 +259,8 @@ pub fn run(text: &str, start: &mut Start<'_>) -> (Vec<String>, String) {
     (failures, write(&preface, &played))
 }
 
-fn difference(expected: &Case, played: &Case) -> String {
+/// How what happened differs from what was expected.
+pub fn difference(expected: &Case, played: &Case) -> String {
     let mut text = format!("# {}\n", expected.name);
     if expected.input != played.input {
         text.push_str("  the frame in bytes is not the frame in words\n");

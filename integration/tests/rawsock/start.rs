@@ -14,7 +14,7 @@ fn config() -> Config {
 /// The sentence by which a start on the wire's host is refused.
 fn refusal(wire: &Wire, config: &Config, plan: Plan) -> String {
     let refused = wire.host().enter(|| RawsockForwarder::start(config, plan)).expect("enter");
-    let sentence = refused.err().expect("the start is refused").to_string();
+    let sentence = refused.expect_err("the start is refused").to_string();
     println!("{sentence}");
     let mut netlink = wire.host().netlink().expect("netlink");
     assert!(netlink.filters(wire.index()).is_ok_and(|filters| filters.is_empty()), "a drop was left behind");

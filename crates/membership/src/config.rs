@@ -42,7 +42,8 @@ pub struct Config {
     /// Every how much an active member repeats its metadata: the ID message of claim 18. Default 5 s.
     /// Above 64 members it is stretched in proportion, so that the ID messages of a large cluster do not crowd its datagrams.
     pub id_interval: Duration,
-    /// How long the seeds are tried before the joining member with the lowest id turns active alone. Default 2 s.
+    /// How long the seeds are tried before the joining member with the lowest id turns active alone, time in which this member did not
+    /// run not counted. Default 2 s.
     pub bootstrap_wait: Duration,
     /// Wait for [`crate::Membership::activate`] instead of turning active as soon as the cluster is known. Default false.
     pub hold_joining: bool,

@@ -468,7 +468,11 @@ impl Membership {
         }
     }
 
+    /// Puts off everything that was to happen by the time this member neither ran nor heard anybody. That includes turning active alone:
+    /// the silence of seeds counts only while their answers could have been heard.
     fn shift(&mut self, by: Duration) {
+        self.started += by;
+        self.joining.put_off(by);
         let tasks = std::mem::take(&mut self.tasks);
         self.tasks = tasks.into_iter().map(|((at, sequence), task)| ((at + by, sequence), task)).collect();
     }

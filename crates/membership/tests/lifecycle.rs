@@ -118,6 +118,54 @@ fn nobody_turns_active_alone_before_bootstrap_wait_or_when_told_to_hold() {
     assert_eq!(cluster.membership(1).unwrap().state(), MemberState::Active);
 }
 
+/// Stalls a joiner from its first moment and then over and over, so that it runs a fifth of the time, for longer than `bootstrap_wait`.
+fn starve(cluster: &mut Cluster, node: usize, mut check: impl FnMut(&Cluster)) {
+    let stall = |cluster: &mut Cluster, length| {
+        cluster.stall(node, length);
+        cluster.run_for(length);
+    };
+    stall(cluster, 3 * SECOND);
+    for _ in 0..10 {
+        check(cluster);
+        cluster.run_for(Duration::from_millis(100));
+        check(cluster);
+        stall(cluster, Duration::from_millis(400));
+    }
+}
+
+#[test]
+fn a_joiner_that_is_starved_does_not_make_a_cluster_of_its_own() {
+    for seed in 0..50 {
+        let mut cluster = settled(2, seed);
+        let joiner = cluster.add(lan(3)).unwrap();
+        let in_company = |cluster: &Cluster| {
+            let membership = cluster.membership(joiner).unwrap();
+            let (state, known) = (membership.state(), membership.view().members.len());
+            assert!(state == MemberState::Joining || known == 3, "seed {seed}: {state:?} among {known}");
+        };
+        starve(&mut cluster, joiner, in_company);
+        settles(&mut cluster, 10 * SECOND);
+        assert!(!said(&cluster, [0, 1, joiner], down), "seed {seed}");
+    }
+}
+
+/// The twin: where nobody answers, a starved member turns active too, after it has tried for `bootstrap_wait` of its own time.
+#[test]
+fn a_starved_member_that_is_alone_turns_active_all_the_same() {
+    let mut cluster = empty(1);
+    let node = cluster.add(lan(2)).unwrap();
+    let active = |cluster: &Cluster| cluster.membership(node).unwrap().state() == MemberState::Active;
+    cluster.stall(node, 3 * SECOND);
+    cluster.run_for(3 * SECOND);
+    let took = cluster.run_until(5 * SECOND, active).expect("it turns active");
+    assert!(took >= 2 * SECOND, "{took:?} after it began to run");
+    // With a fifth of the time it takes five times as long, and no longer.
+    let mut cluster = empty(2);
+    let node = cluster.add(lan(2)).unwrap();
+    starve(&mut cluster, node, |_| ());
+    assert!(cluster.run_until(2 * SECOND, active).is_some());
+}
+
 #[test]
 fn two_who_bootstrapped_apart_merge() {
     let mut cluster = empty(3);

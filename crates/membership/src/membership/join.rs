@@ -45,6 +45,17 @@ pub(super) struct Joining {
     pub(super) may_answer_stale: bool,
 }
 
+impl Joining {
+    /// What is waited for takes as much longer.
+    pub(super) fn put_off(&mut self, by: Duration) {
+        for since in
+            [&mut self.met_active, &mut self.refused, &mut self.id_in_use_since].into_iter().flatten()
+        {
+            *since += by;
+        }
+    }
+}
+
 impl Membership {
     /// Opens a datagram and gives it to whom it is for.
     pub(super) fn receive(&mut self, now: Instant, from: SocketAddr, datagram: &[u8]) {

@@ -15,6 +15,8 @@
 
 pub mod control;
 pub mod planner;
+pub mod shared;
 
 pub use control::{Control, Event, Settings};
 pub use planner::{Destinations, Fixed, Planner, Service, TableRanking};
+pub use shared::SharedTables;

@@ -16,6 +16,8 @@ use phalanx_membership::{KeyRing, View};
 use phalanx_rebalancer::{Ranking, Survivors};
 use siphasher::sip::SipHasher24;
 
+use crate::shared::{SharedTables, changed_slots};
+
 /// SYNs in slots that changed are replicated at once for this long (design §4): as long as a client goes on repeating its SYN
 /// before it gives the connection up for the application to see.
 pub const UNSETTLED: Duration = Duration::from_secs(10);
@@ -127,7 +129,7 @@ pub struct TableChange {
 
 struct ServicePlan {
     config: Service,
-    table: BackendTable,
+    table: Arc<BackendTable>,
     slots: Arc<[BackendIndex]>,
     unsettled: Option<(Arc<SlotSet>, Instant)>,
 }
@@ -135,6 +137,7 @@ struct ServicePlan {
 /// Builds plans. See the module's doc.
 pub struct Planner {
     fixed: Fixed,
+    shared: Option<Arc<SharedTables>>,
     services: Vec<ServicePlan>,
     backends: Vec<PlanBackend>,
     backend_indexes: HashMap<BackendId, BackendIndex>,
@@ -155,6 +158,7 @@ impl Planner {
         Ok(Self {
             current: Arc::new(TableRanking { table: Arc::new(table), seed: fixed.seed }),
             fixed,
+            shared: None,
             services: Vec::new(),
             backends: Vec::new(),
             backend_indexes: HashMap::new(),
@@ -164,6 +168,21 @@ impl Planner {
             boots: BTreeMap::new(),
             view_digest: 0,
         })
+    }
+
+    /// The same, and it shares what it computes with the other planners of this process that have been given `tables`.
+    pub fn sharing(self, tables: Arc<SharedTables>) -> Self {
+        Self { shared: Some(tables), ..self }
+    }
+
+    /// The row table of these members.
+    fn row_table(&self, members: &[RankedMember]) -> Result<Arc<RowTable>, RankingError> {
+        if let Some(shared) = &self.shared {
+            return shared.rows(&self.current.table, members);
+        }
+        let mut table = RowTable::clone(&self.current.table);
+        table.set_members(members)?;
+        Ok(Arc::new(table))
     }
 
     /// Takes over a view. `Some` if who owns what changed, or if somebody lost its flow table.
@@ -212,19 +231,17 @@ impl Planner {
         let survivors = Survivors { live, blank: blank.collect() };
         let departed = old_members.iter().any(|old| !ranked.iter().any(|member| member.id == old.id));
 
-        let mut table = RowTable::clone(&self.current.table);
         let old = if first {
             // We have just come: what was before us is everybody else's table.
             let others: Vec<RankedMember> =
                 ranked.iter().copied().filter(|member| member.id != self.fixed.local).collect();
-            table.set_members(&others)?;
-            Arc::new(TableRanking { table: Arc::new(table.clone()), seed: self.fixed.seed })
+            Arc::new(TableRanking { table: self.row_table(&others)?, seed: self.fixed.seed })
         } else {
             Arc::clone(&self.current)
         };
-        table.set_members(&ranked)?;
+        let table = self.row_table(&ranked)?;
         self.boots = boots;
-        self.current = Arc::new(TableRanking { table: Arc::new(table), seed: self.fixed.seed });
+        self.current = Arc::new(TableRanking { table, seed: self.fixed.seed });
         self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
         let old_rows = old.table.to_rows(|id| self.slot_of(id)).into();
         self.previous = (!old.table.members().is_empty()).then(|| (Arc::clone(&old), old_rows));
@@ -272,7 +289,7 @@ impl Planner {
                         &[],
                     );
                     let slots = table.to_indexes(|_| BackendIndex::NONE).into();
-                    ServicePlan { config: config.clone(), table, slots, unsettled: None }
+                    ServicePlan { config: config.clone(), table: Arc::new(table), slots, unsettled: None }
                 }
             };
             self.services.push(plan);
@@ -287,28 +304,44 @@ impl Planner {
         self.services.iter().map(|plan| &plan.config)
     }
 
+    /// The table of a service with these backends, and the slots that would change; `None` if none would.
+    fn backend_table(
+        &self,
+        service: usize,
+        usable: &[RankedBackend],
+    ) -> Option<(Arc<BackendTable>, Arc<SlotSet>)> {
+        let old = &self.services[service].table;
+        if let Some(shared) = &self.shared {
+            let new = shared.backends(old, usable);
+            let changed = shared.changes(old, &new)?;
+            return Some((new, changed));
+        }
+        let mut new = BackendTable::clone(old);
+        new.set_backends(usable);
+        let changed = changed_slots(old, &new)?;
+        Some((Arc::new(new), Arc::new(changed)))
+    }
+
     /// The slots of a service that would change if these were its backends.
-    pub fn slots_that_would_change(&self, service: usize, usable: &[RankedBackend]) -> Option<SlotSet> {
-        let plan = &self.services[service];
-        let mut table = plan.table.clone();
-        table.set_backends(usable);
-        let mut changed = plan.table.changed_slots(&table).peekable();
-        changed.peek()?;
-        Some(SlotSet::new(changed))
+    pub fn slots_that_would_change(&self, service: usize, usable: &[RankedBackend]) -> Option<Arc<SlotSet>> {
+        self.backend_table(service, usable).map(|(_, changed)| changed)
     }
 
     /// Makes these the backends that new flows of a service go to. Slots that change are unsettled for [`UNSETTLED`] from `now`.
     pub fn set_usable(&mut self, service: usize, usable: &[RankedBackend], now: Instant) {
-        let Some(changed) = self.slots_that_would_change(service, usable) else { return };
+        let Some((table, changed)) = self.backend_table(service, usable) else { return };
         for backend in usable {
             self.register(backend.id);
         }
-        let indexes = &self.backend_indexes;
+        let index_of = |id: &BackendId| self.backend_indexes.get(id).copied().unwrap_or(BackendIndex::NONE);
+        let slots = match &self.shared {
+            Some(shared) => shared.slots(&table, index_of),
+            None => table.to_indexes(index_of).into(),
+        };
         let plan = &mut self.services[service];
-        plan.table.set_backends(usable);
-        plan.slots =
-            plan.table.to_indexes(|id| indexes.get(id).copied().unwrap_or(BackendIndex::NONE)).into();
-        let mut unsettled = changed;
+        plan.table = table;
+        plan.slots = slots;
+        let mut unsettled = SlotSet::clone(&changed);
         if let Some((still, until)) = &plan.unsettled
             && *until > now
         {

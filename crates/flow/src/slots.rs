@@ -41,6 +41,11 @@ impl BackendTable {
         Self { key, ranking: Ranking::new(Scorer::Backend(key), SLOTS, false, candidates) }
     }
 
+    /// The ranking key, by which tables of different services differ.
+    pub const fn key(&self) -> [u64; 2] {
+        self.key
+    }
+
     /// Adds a backend, or gives one that is there this weight.
     pub fn add(&mut self, backend: RankedBackend) {
         if !self.ranking.reweight(backend.id, backend.weight) {

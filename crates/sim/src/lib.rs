@@ -14,9 +14,12 @@
 //! Invariant: members see the world only through the cores' own inputs; checkers see all of it and change nothing.
 
 pub mod checks;
+pub mod consistency;
 pub mod faults;
 pub mod forwarder;
+pub mod planted;
 pub mod runner;
 pub mod schedule;
 pub mod settings;
+pub mod shrink;
 pub mod world;

@@ -8,6 +8,8 @@ use clap::Parser;
 use phalanx_sim::faults::Fault;
 use phalanx_sim::runner::{self, Options};
 use phalanx_sim::schedule::generate;
+use phalanx_sim::shrink::shrink;
+use phalanx_sim::{consistency, planted};
 
 /// Runs a whole site in virtual time, from seeds.
 #[derive(Debug, Parser)]
@@ -37,6 +39,15 @@ struct Cli {
     /// Plant this fault.
     #[arg(long, value_parser = |name: &str| Fault::named(name).ok_or("no such fault"))]
     fault: Option<Fault>,
+    /// Plant each fault in turn, and say which checker catches it in how many seeds.
+    #[arg(long)]
+    faults: bool,
+    /// Make the table of docs/consistency.md.
+    #[arg(long)]
+    consistency: bool,
+    /// Shorten the schedule of this seed as far as it still fails, and tell its story.
+    #[arg(long)]
+    shrink: Option<u64>,
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -54,6 +65,16 @@ fn main() -> ExitCode {
     };
     if let Some(seed) = cli.trace {
         return trace(seed, options);
+    }
+    if let Some(seed) = cli.shrink {
+        return shortened(seed, options);
+    }
+    if cli.faults {
+        return faults(&cli, options);
+    }
+    if cli.consistency {
+        consistency(&cli);
+        return ExitCode::SUCCESS;
     }
     let mut by_checker: BTreeMap<&'static str, (u64, u64)> = BTreeMap::new();
     let (mut opened, mut broken, mut lost, mut live, mut off, mut packets, mut hand_offs) =
@@ -79,6 +100,7 @@ fn main() -> ExitCode {
         }
         if let Some(first) = report.violations.first() {
             println!("seed {}: {} at {:.3?}: {}", report.seed, first.checker, first.at, first.what);
+            println!("  cargo xtask sim --trace {}{}", report.seed, again(&options));
             failed.push(report.seed);
         }
     });
@@ -109,4 +131,77 @@ fn trace(seed: u64, options: Options) -> ExitCode {
         println!("{:>9.3} {}: {}", violation.at.as_secs_f64(), violation.checker, violation.what);
     }
     if report.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The arguments that make a run the same as under these options.
+fn again(options: &Options) -> String {
+    let mut words = String::new();
+    if let Some(members) = options.members {
+        words += &format!(" --members {members}");
+    }
+    if options.twin {
+        words += " --twin";
+    }
+    if let Some(fault) = options.fault {
+        words += &format!(" --fault {}", fault.name());
+    }
+    words
+}
+
+fn shortened(seed: u64, options: Options) -> ExitCode {
+    let settings = options.settings(seed);
+    let report = runner::run(seed, options);
+    let Some(first) = report.violations.first() else {
+        println!("seed {seed} does not fail");
+        return ExitCode::SUCCESS;
+    };
+    let schedule = shrink(&settings, generate(&settings), first.checker);
+    for (at, change) in &schedule {
+        println!("{:>9.3} {change}", at.as_secs_f64());
+    }
+    println!("-- its story:");
+    let report = runner::run_schedule(settings, schedule, true);
+    for (at, line) in &report.story {
+        println!("{:>9.3} {line}", at.as_secs_f64());
+    }
+    ExitCode::FAILURE
+}
+
+fn faults(cli: &Cli, options: Options) -> ExitCode {
+    let table = planted::table(cli.from, cli.seeds, cli.threads, options);
+    println!("| fault | caught by, in so many of {} seeds |\n|---|---|", cli.seeds);
+    let mut missed = false;
+    for (fault, caught) in table {
+        let words: Vec<String> =
+            caught.iter().map(|(checker, seeds)| format!("*{checker}* {seeds}")).collect();
+        missed |= words.is_empty();
+        println!(
+            "| {} | {} |",
+            fault.name(),
+            if words.is_empty() { "nobody".to_owned() } else { words.join(", ") }
+        );
+    }
+    if missed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn consistency(cli: &Cli) {
+    let table = consistency::table(cli.from, cli.seeds);
+    print!("| change |");
+    for (_, name) in consistency::BALANCERS {
+        print!(" {name} |");
+    }
+    println!("\n|---|---|---|---|");
+    for (row, (kind, _)) in consistency::KINDS.iter().enumerate() {
+        print!("| {kind} |");
+        for column in 0..consistency::BALANCERS.len() {
+            let cell = table.get(&(row, column)).copied().unwrap_or_default();
+            print!(
+                " {} of {} ({:.1} %) |",
+                cell.broken,
+                cell.open,
+                100.0 * cell.broken as f64 / cell.open.max(1) as f64
+            );
+        }
+        println!();
+    }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::{Checker, Findings};
 use crate::schedule::Change;
 use crate::world::World;
-use crate::world::event::{Kind, Packet};
+use crate::world::event::Packet;
 use crate::world::node::backend_number;
 
 /// How long replication of one flow may take where all is well.
@@ -136,7 +136,7 @@ impl Checker for Sticky {
     fn astray(&mut self, world: &World, packet: &Packet, backend: usize, findings: &mut Findings) {
         let flow = &world.flows[packet.flow];
         // A connection that was asked for twice may be answered twice; the client has taken the first answer.
-        if flow.established.is_none() && packet.kind != Kind::Data {
+        if flow.established.is_none() && flow.asked.len() > 1 && flow.asked.contains(&backend) {
             return findings.excused.push(packet.flow);
         }
         let excused = self.lost.get(packet.flow).and_then(Option::as_ref).is_some_and(|loss| {

@@ -7,7 +7,7 @@ use rand::RngExt as _;
 use super::World;
 use super::event::Event;
 use crate::schedule::Change;
-use crate::settings::Balancer;
+use crate::settings::{Balancer, stream};
 
 /// Health checks and reloads reach members within this, each by itself.
 const HEALTH_LAG: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(1_500)];
@@ -106,7 +106,9 @@ impl World {
     fn spread_health(&mut self, backend: usize, usable: bool) {
         let [least, most] = HEALTH_LAG;
         for node in 0..self.nodes.len() {
-            let late = self.network.random_range(least..=most);
+            // What changes together reaches a member together.
+            let mut lag = stream(self.settings.seed ^ self.now.as_secs(), 16 + node as u64);
+            let late = lag.random_range(least..=most);
             self.push_in(late, Event::Health { node, backend, usable });
         }
     }

@@ -51,7 +51,7 @@ impl World {
         entry.leaving = false;
         entry.stalled = None;
         entry.steady_since = now;
-        match node::start(&self.settings, entry, epoch, now, seed) {
+        match node::start(&self.settings, entry, &self.tables, epoch, now, seed) {
             Ok(process) => entry.process = Some(process),
             Err(error) => return self.tell(|| format!("m{} does not start: {error}", at + 1)),
         }

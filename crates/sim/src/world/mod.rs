@@ -10,8 +10,10 @@ mod streams;
 pub mod traffic;
 
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use phalanx_control::SharedTables;
 use phalanx_flow::decide::Decision;
 use phalanx_flow::{Arrival, FlowKey, MemberId, Verdict};
 use rand::RngExt as _;
@@ -46,6 +48,7 @@ pub struct World {
     /// Virtual time since the start.
     pub now: Duration,
     epoch: Instant,
+    tables: Arc<SharedTables>,
     queue: BinaryHeap<Timed>,
     sequence: u64,
     network: StdRng,
@@ -76,6 +79,7 @@ pub struct World {
     /// The kind of change that came last.
     last_change: &'static str,
     broken_by: BTreeMap<&'static str, [u64; 2]>,
+    broken_at: Vec<Duration>,
     checkers: Vec<Box<dyn Checker>>,
     findings: Findings,
     story: Option<Vec<(Duration, String)>>,
@@ -130,6 +134,7 @@ impl World {
             schedule,
             now: Duration::ZERO,
             epoch,
+            tables: Arc::default(),
             queue: BinaryHeap::new(),
             sequence: 0,
             network: stream(seed, 4),
@@ -149,6 +154,7 @@ impl World {
             refused: 0,
             last_change: "start",
             broken_by: BTreeMap::new(),
+            broken_at: Vec::new(),
             findings: Findings::default(),
             story: told.then(Vec::new),
             watched: None,
@@ -441,6 +447,7 @@ impl World {
         }
         entry.broken = true;
         entry.waiting_since = None;
+        self.broken_at.push(self.now);
         let excused = entry.excused;
         let key = entry.key;
         self.broken_by.entry(self.last_change).or_default()[usize::from(excused)] += 1;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_control::planner::UNSETTLED;
-use phalanx_control::{Control, Fixed, Planner, Service, Settings as ControlSettings};
+use phalanx_control::{Control, Fixed, Planner, Service, Settings as ControlSettings, SharedTables};
 use phalanx_flow::slots::RankedBackend;
 use phalanx_flow::{BackendId, MemberId, MemberSlot, Method};
 use phalanx_forwarder::Handoff;
@@ -172,6 +172,7 @@ pub(super) fn usable_lists(usable: &[bool]) -> Vec<Vec<RankedBackend>> {
 pub(super) fn start(
     settings: &Settings,
     node: &mut Node,
+    tables: &Arc<SharedTables>,
     epoch: Instant,
     now: Duration,
     rng_seed: u64,
@@ -187,7 +188,7 @@ pub(super) fn start(
         replicate_syn: settings.replicate_syn,
     };
     let clock = node.clock(epoch, now);
-    let mut planner = Planner::new(fixed).map_err(|error| error.to_string())?;
+    let mut planner = Planner::new(fixed).map_err(|error| error.to_string())?.sharing(Arc::clone(tables));
     if let Some(forwarder) = &node.forwarder {
         // The table names backends by position.
         for backend in &forwarder.plan().plan.backends {

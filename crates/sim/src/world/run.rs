@@ -35,6 +35,8 @@ pub struct Report {
     pub opened: u64,
     /// Connections that were broken, by the kind of the change before: \[avoidable, unavoidable\].
     pub broken_by: BTreeMap<&'static str, [u64; 2]>,
+    /// When each connection was broken.
+    pub broken_at: Vec<Duration>,
     /// Live flows when the changes under test began, and those off the consistent choice.
     pub live: usize,
     /// See [`Self::live`].
@@ -53,6 +55,11 @@ impl Report {
     /// Connections broken that need not have been.
     pub fn broken(&self) -> u64 {
         self.broken_by.values().map(|[avoidable, _]| avoidable).sum()
+    }
+
+    /// Connections broken from then on, whatever could have saved them.
+    pub fn broken_since(&self, from: Duration) -> u64 {
+        self.broken_at.iter().filter(|at| **at >= from).count() as u64
     }
 
     /// Connections broken because every holder was lost.
@@ -104,6 +111,7 @@ impl World {
         report.violations = std::mem::take(&mut self.findings.violations);
         report.opened = self.opened;
         report.broken_by = self.broken_by;
+        report.broken_at = self.broken_at;
         report.packets = self.packets;
         report.hand_offs = self.hand_offs;
         report.story = self.story.unwrap_or_default();

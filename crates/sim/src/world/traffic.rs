@@ -1,6 +1,6 @@
 //! Clients and backends: the truth that members do not know.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -80,6 +80,8 @@ pub struct Flow {
     pub waiting_since: Option<Duration>,
     /// When its client last sent something.
     pub last_sent: Duration,
+    /// Backends that were asked for this connection.
+    pub asked: BTreeSet<usize>,
     /// Datagrams that came to backends.
     heard: u32,
     sequence: u32,
@@ -141,6 +143,7 @@ impl World {
                 orphaned: false,
                 waiting_since: None,
                 last_sent: self.now,
+                asked: BTreeSet::new(),
                 heard: 0,
                 sequence: 0,
                 unanswered: None,
@@ -232,6 +235,8 @@ impl World {
                 entry.phase = Phase::Opening;
                 entry.backend = None;
                 entry.established = None;
+                entry.asked.clear();
+                entry.heard = 0;
                 entry.sent = 0;
                 self.say(flow, Kind::Syn);
             }
@@ -318,6 +323,7 @@ impl World {
             Kind::Syn | Kind::Datagram if !current => None,
             Kind::Syn | Kind::Datagram => {
                 server.connections.insert(key, packet.life);
+                self.flows[packet.flow].asked.insert(backend);
                 Some(if packet.kind == Kind::Syn { Reply::SynAck } else { Reply::Ack })
             }
             Kind::Rst => {

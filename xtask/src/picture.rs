@@ -2,10 +2,10 @@
 //!
 //! A lane for each run, on one axis of time: what was done, how long connections stood still, how many broke.
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
+use phalanx::lab::svg::{AXIS, BAD, DARK, GOOD, GREY, GRID, INK, PALE, Svg, thousands};
 use serde_json::Value;
 
 use crate::{cargo, execute};
@@ -110,41 +110,21 @@ fn draw(runs: &[Run; 2]) -> String {
     let x = |second: f64| LEFT + (second - from) / (to - from) * (RIGHT - LEFT);
     let height = TOP + 2.0 * LANE + LANE_GAP + 44.0;
 
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\">\n\
-         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#ffffff\"/>\n"
+    let mut svg = Svg::new(WIDTH, height);
+    svg.text(LEFT, 28.0, "start", INK, 17, "phalanx lab: the backends change, then a member is killed");
+    let site = format!(
+        "{} members, {} backends at the start, {} TCP connections, every byte checked at both ends",
+        runs[0].members,
+        runs[0].backends,
+        thousands(runs[0].opened)
     );
-    let mut put = |line: String| {
-        svg.push_str(&line);
-        svg.push('\n');
-    };
-    put(text(
-        LEFT,
-        28.0,
-        "start",
-        "#111111",
-        17,
-        "phalanx lab: the backends change, then a member is killed",
-    ));
-    put(text(
-        LEFT,
-        50.0,
-        "start",
-        "#555555",
-        13,
-        &format!(
-            "{} members, {} backends at the start, {} TCP connections, every byte checked at both ends",
-            runs[0].members,
-            runs[0].backends,
-            thousands(runs[0].opened)
-        ),
-    ));
-    put(text(LEFT, 74.0, "start", "#555555", 12, "longest stall of any connection, in ms:"));
+    svg.text(LEFT, 50.0, "start", GREY, 13, &site);
+    svg.text(LEFT, 74.0, "start", GREY, 12, "longest stall of any connection, in ms:");
     for (index, (colour, what)) in [(PALE, "the longest"), (DARK, "99th percentile")].into_iter().enumerate()
     {
         let left = LEFT + 250.0 + 110.0 * index as f64;
-        put(format!("<rect x=\"{left}\" y=\"64\" width=\"12\" height=\"12\" fill=\"{colour}\"/>"));
-        put(text(left + 18.0, 74.0, "start", "#555555", 12, what));
+        svg.rect(left, 64.0, 12.0, 12.0, colour);
+        svg.text(left + 18.0, 74.0, "start", GREY, 12, what);
     }
 
     for (lane, run) in runs.iter().enumerate() {
@@ -153,123 +133,54 @@ fn draw(runs: &[Run; 2]) -> String {
         let y = |ms: f64| base - ms / tallest * (LANE - 44.0);
         for step in 0..=(tallest / 100.0) as u32 {
             let ms = f64::from(step) * 100.0;
-            put(format!(
-                "<line x1=\"{LEFT}\" x2=\"{RIGHT}\" y1=\"{0:.1}\" y2=\"{0:.1}\" stroke=\"#e5e5e5\"/>",
-                y(ms)
-            ));
-            put(text(LEFT - 8.0, y(ms) + 4.0, "end", "#777777", 11, &format!("{ms}")));
+            svg.line((LEFT, y(ms)), (RIGHT, y(ms)), GRID);
+            svg.text(LEFT - 8.0, y(ms) + 4.0, "end", AXIS, 11, &format!("{ms}"));
         }
         for (index, window) in run.windows.iter().enumerate() {
             let (left, right) = (x(window.from_s), x(window.to_s));
             // A narrow bar: a stall is not as long as its window.
             for (ms, colour) in [(window.stall_max_ms, PALE), (window.stall_p99_ms, DARK)] {
-                put(format!(
-                    "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{BAR}\" height=\"{:.1}\" fill=\"{colour}\"/>",
-                    left + 6.0,
-                    y(ms),
-                    base - y(ms)
-                ));
+                svg.rect(left + 6.0, y(ms), BAR, base - y(ms), colour);
             }
             let longest = format!("{:.0} ms", window.stall_max_ms);
-            put(text(
-                left + 10.0 + BAR,
-                (y(window.stall_max_ms) + 4.0).min(base - 5.0),
-                "start",
-                "#333333",
-                11,
-                &longest,
-            ));
+            let beside = (y(window.stall_max_ms) + 4.0).min(base - 5.0);
+            svg.text(left + 10.0 + BAR, beside, "start", "#333333", 11, &longest);
             let opening = index == 0;
             if !opening && window.what != "start" {
-                put(format!(
-                    "<line x1=\"{left:.1}\" x2=\"{left:.1}\" y1=\"{:.1}\" y2=\"{base:.1}\" stroke=\"#111111\" stroke-dasharray=\"3 3\"/>",
-                    top + 14.0
-                ));
-                put(text(left + 5.0, top + 24.0, "start", "#111111", 12, &window.what));
+                svg.dashed((left, top + 14.0), (left, base), INK);
+                svg.text(left + 5.0, top + 24.0, "start", INK, 12, &window.what);
             } else if opening {
-                put(text(left + 3.0, top + 24.0, "start", "#777777", 12, "opening"));
+                svg.text(left + 3.0, top + 24.0, "start", AXIS, 12, "opening");
             }
             if window.broken > 0 {
-                put(text(
-                    f64::midpoint(left + 10.0 + BAR, right),
-                    y(0.0) - 24.0,
-                    "middle",
-                    BAD,
-                    14,
-                    &format!("{} broken", thousands(window.broken)),
-                ));
+                let middle = f64::midpoint(left + 10.0 + BAR, right);
+                let words = format!("{} broken", thousands(window.broken));
+                svg.text(middle, y(0.0) - 24.0, "middle", BAD, 14, &words);
             }
         }
-        put(format!(
-            "<line x1=\"{LEFT}\" x2=\"{RIGHT}\" y1=\"{base:.1}\" y2=\"{base:.1}\" stroke=\"#777777\"/>"
-        ));
+        svg.line((LEFT, base), (RIGHT, base), AXIS);
         let colour = if run.broken == 0 { GOOD } else { BAD };
         let middle = f64::midpoint(RIGHT, WIDTH);
-        put(text(middle, top + 82.0, "middle", colour, 52, &thousands(run.broken)));
-        put(text(middle, top + 106.0, "middle", colour, 15, "broken"));
-        put(text(middle, top + 132.0, "middle", "#555555", 12, run.title));
-        put(text(
-            middle,
-            top + 150.0,
-            "middle",
-            "#555555",
-            12,
-            &format!("{:.0} % off the consistent table", run.deviating * 100.0),
-        ));
+        svg.text(middle, top + 82.0, "middle", colour, 52, &thousands(run.broken));
+        svg.text(middle, top + 106.0, "middle", colour, 15, "broken");
+        svg.text(middle, top + 132.0, "middle", GREY, 12, run.title);
+        let deviating = format!("{:.0} % off the consistent table", run.deviating * 100.0);
+        svg.text(middle, top + 150.0, "middle", GREY, 12, &deviating);
     }
     let base = TOP + 2.0 * LANE + LANE_GAP;
     // Negative zero would be shown as such.
     let mut second = (from / 5.0).ceil() * 5.0 + 0.0;
     while second <= to {
-        put(text(x(second), base + 18.0, "middle", "#777777", 11, &format!("{second} s")));
+        svg.text(x(second), base + 18.0, "middle", AXIS, 11, &format!("{second} s"));
         second += 5.0;
     }
-    put(text(
-        LEFT,
-        base + 36.0,
-        "start",
-        "#555555",
-        12,
-        "seconds since 2,000 long-lived connections were open; short ones come and go all the time",
-    ));
-    svg.push_str("</svg>\n");
-    svg
+    let note = "seconds since 2,000 long-lived connections were open; short ones come and go all the time";
+    svg.text(LEFT, base + 36.0, "start", GREY, 12, note);
+    svg.finish()
 }
 
-const PALE: &str = "#a9c4e6";
-const DARK: &str = "#2f5d9b";
-const GOOD: &str = "#177245";
-const BAD: &str = "#b3261e";
 /// Width of a bar.
 const BAR: f64 = 14.0;
-
-fn text(x: f64, y: f64, anchor: &str, fill: &str, size: u32, words: &str) -> String {
-    let mut escaped = String::new();
-    for letter in words.chars() {
-        match letter {
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '&' => escaped.push_str("&amp;"),
-            other => escaped.push(other),
-        }
-    }
-    format!(
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" fill=\"{fill}\" font-size=\"{size}\">{escaped}</text>"
-    )
-}
-
-/// 12345 as 12,345.
-fn thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        let _ = write!(grouped, "{digit}");
-    }
-    grouped
-}
 
 #[cfg(test)]
 mod tests {
@@ -303,10 +214,5 @@ mod tests {
         }
         assert!(!svg.contains("ending"));
         assert!(parse(&serde_json::json!({}), "c").is_err());
-    }
-
-    #[test]
-    fn numbers_are_grouped_by_thousands() {
-        assert_eq!([0, 999, 1000, 1_234_567].map(thousands), ["0", "999", "1,000", "1,234,567"]);
     }
 }

@@ -89,10 +89,19 @@ impl Netlink {
         self.change_filter(filter, NLM_F_CREATE | NLM_F_REPLACE)
     }
 
+    /// As [`Netlink::replace_bpf_filter`], for what a link sends.
+    pub fn replace_bpf_filter_on_egress(&mut self, filter: &BpfFilter) -> Result<()> {
+        self.set_filter(filter, egress(), NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
     fn change_filter(&mut self, filter: &BpfFilter, flags: u16) -> Result<()> {
+        self.set_filter(filter, ingress(), flags)
+    }
+
+    fn set_filter(&mut self, filter: &BpfFilter, parent: TcHandle, flags: u16) -> Result<()> {
         self.request(
             &|| format!("set filter {}:{} on link {}", filter.priority, filter.handle, filter.index),
-            RouteNetlinkMessage::NewTrafficFilter(filter_message(filter)),
+            RouteNetlinkMessage::NewTrafficFilter(filter_message(filter, parent)),
             flags,
         )
         .map(drop)
@@ -111,8 +120,17 @@ impl Netlink {
 
     /// Deletes the BPF filter with this priority and handle from a link's ingress.
     pub fn delete_bpf_filter(&mut self, index: u32, priority: u16, handle: u32) -> Result<()> {
+        self.remove_filter(index, ingress(), priority, handle)
+    }
+
+    /// As [`Netlink::delete_bpf_filter`], for what a link sends.
+    pub fn delete_bpf_filter_on_egress(&mut self, index: u32, priority: u16, handle: u32) -> Result<()> {
+        self.remove_filter(index, egress(), priority, handle)
+    }
+
+    fn remove_filter(&mut self, index: u32, parent: TcHandle, priority: u16, handle: u32) -> Result<()> {
         let mut message = TcMessage::with_index(index.cast_signed());
-        message.header.parent = ingress();
+        message.header.parent = parent;
         message.header.handle = TcHandle::from(handle);
         message.header.info = info(priority);
         message.attributes.push(TcAttribute::Kind("bpf".to_owned()));
@@ -129,6 +147,10 @@ const fn ingress() -> TcHandle {
     TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS }
 }
 
+const fn egress() -> TcHandle {
+    TcHandle { major: u16::MAX, minor: TcHandle::MIN_EGRESS }
+}
+
 /// `tcm_info`: priority in the upper half, protocol in network byte order in the lower.
 const fn info(priority: u16) -> u32 {
     (priority as u32) << 16 | ETH_P_ALL.to_be() as u32
@@ -142,9 +164,9 @@ fn clsact_message(index: u32) -> TcMessage {
     message
 }
 
-fn filter_message(filter: &BpfFilter) -> TcMessage {
+fn filter_message(filter: &BpfFilter, parent: TcHandle) -> TcMessage {
     let mut message = TcMessage::with_index(filter.index.cast_signed());
-    message.header.parent = ingress();
+    message.header.parent = parent;
     message.header.handle = TcHandle::from(filter.handle);
     message.header.info = info(filter.priority);
     let count = u16::try_from(filter.program.len().min(MAX_INSTRUCTIONS + 1)).unwrap_or(u16::MAX);
@@ -225,7 +247,8 @@ mod tests {
     #[test]
     fn a_filter_survives_the_way_through_a_message() {
         let filter = example();
-        let found = filter_of(RouteNetlinkMessage::NewTrafficFilter(filter_message(&filter))).unwrap();
+        let found =
+            filter_of(RouteNetlinkMessage::NewTrafficFilter(filter_message(&filter, ingress()))).unwrap();
         assert_eq!(
             found,
             Filter { priority: 7, handle: 1, kind: "bpf".to_owned(), program: Some(filter.program.clone()) }
@@ -233,14 +256,18 @@ mod tests {
         // Twin: another program is seen to be another.
         let mut other = filter.clone();
         other.program[2].k = 0;
-        let found = filter_of(RouteNetlinkMessage::NewTrafficFilter(filter_message(&other))).unwrap();
+        let found =
+            filter_of(RouteNetlinkMessage::NewTrafficFilter(filter_message(&other, ingress()))).unwrap();
         assert_ne!(found.program, Some(filter.program));
     }
 
     #[test]
     fn the_wire_form_is_that_of_the_kernel_headers() {
-        let bytes =
-            crate::socket::serialize(RouteNetlinkMessage::NewTrafficFilter(filter_message(&example())), 0, 1);
+        let bytes = crate::socket::serialize(
+            RouteNetlinkMessage::NewTrafficFilter(filter_message(&example(), ingress())),
+            0,
+            1,
+        );
         // struct nlmsghdr (16), struct tcmsg: family, pads, ifindex, handle, parent, info.
         assert_eq!(bytes[20..24], 3u32.to_ne_bytes());
         assert_eq!(bytes[24..28], 1u32.to_ne_bytes());

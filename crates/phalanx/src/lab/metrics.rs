@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -108,6 +109,8 @@ struct Target {
 #[derive(Clone, Debug)]
 pub struct Scraper {
     targets: Arc<Mutex<Vec<Target>>>,
+    /// Milliseconds between two looks at a member's counters.
+    period_ms: Arc<AtomicU64>,
 }
 
 impl Scraper {
@@ -122,15 +125,21 @@ impl Scraper {
             })
             .collect();
         let targets = Arc::new(Mutex::new(targets));
-        let weak = Arc::downgrade(&targets);
+        let period_ms = Arc::new(AtomicU64::new(SCRAPE_PERIOD.as_millis() as u64));
+        let (weak, period) = (Arc::downgrade(&targets), Arc::clone(&period_ms));
         thread::Builder::new().name("lab-scraper".to_owned()).spawn(move || {
             // The thread ends when the last handle has gone.
             while let Some(targets) = weak.upgrade() {
-                Self { targets }.round();
+                Self { targets, period_ms: Arc::clone(&period) }.round();
                 thread::sleep(READY_PERIOD);
             }
         })?;
-        Ok(Self { targets })
+        Ok(Self { targets, period_ms })
+    }
+
+    /// Says how often ready members are asked for their counters.
+    pub fn set_period(&self, period: Duration) {
+        self.period_ms.store(period.as_millis() as u64, Ordering::Relaxed);
     }
 
     fn targets(&self) -> std::sync::MutexGuard<'_, Vec<Target>> {
@@ -139,11 +148,12 @@ impl Scraper {
 
     fn round(&self) {
         let count = self.targets().len();
+        let period = Duration::from_millis(self.period_ms.load(Ordering::Relaxed));
         for index in 0..count {
             let (netns, interest) = {
                 let mut targets = self.targets();
                 let target = &mut targets[index];
-                let due = target.scraped.is_none_or(|scraped| scraped.elapsed() >= SCRAPE_PERIOD);
+                let due = target.scraped.is_none_or(|scraped| scraped.elapsed() >= period);
                 match target.interest {
                     Interest::Counters if due => target.scraped = Some(Instant::now()),
                     Interest::Ready => {}

@@ -11,6 +11,9 @@
 //! Nothing has a name outside of the process: namespaces are descriptors, children die with the thread that started them, files are
 //! in one temporary directory. So everything goes when the lab ends, however it ends.
 
+pub mod changes;
+pub mod chaos;
+pub mod chart;
 pub mod member;
 pub mod metrics;
 pub mod netns;
@@ -20,7 +23,9 @@ pub mod router;
 pub mod scenario;
 pub mod share;
 mod site;
+pub mod svg;
 pub mod traffic;
+pub mod weather;
 pub mod world;
 
 use std::path::PathBuf;
@@ -45,6 +50,17 @@ use world::{CLIENT_MTU, INNER_MTU};
 /// The hand-off of a full-size packet needs this MTU between members, in bytes (design §4).
 const HANDOFF_MTU: u32 = 1600;
 
+/// Members in chaos, unless told otherwise: one may be down and another drained, and three still own flows.
+const CHAOS_MEMBERS: u32 = 4;
+
+/// The lab's servers answer checks on the service's port.
+const HEALTH_CHECKS: &str =
+    "\n[service.health]\nkind = \"http\"\npath = \"/\"\ninterval = \"1s\"\ntimeout = \"3s\"\n";
+
+/// Longer than a busy machine may keep the others from answering: a member that starts a cluster of its own while the others run has
+/// nobody to ask, and what deviates is lost.
+const PATIENT_BOOTSTRAP: &str = "bootstrap_wait = \"5s\"";
+
 /// What the lab is to do. `LabOptions::default()` is the README's run without events.
 #[derive(Clone, Debug)]
 pub struct LabOptions {
@@ -62,6 +78,10 @@ pub struct LabOptions {
     pub connections: u32,
     /// Long-lived connections beside those that upload full-size segments.
     pub uploads: u32,
+    /// Connections beside those that say something only now and then.
+    pub idle: u32,
+    /// Connections at a time, beside those, whose client has ended its side and still receives.
+    pub half_closed: u32,
     /// Short connections per second.
     pub short_rate: u32,
     /// Mean time between an answer and the next request of a connection.
@@ -100,6 +120,10 @@ pub struct LabOptions {
     pub log_level: String,
     /// What is done, in order of time.
     pub events: Vec<Event>,
+    /// Changes as this seed decides, in place of events.
+    pub chaos: Option<u64>,
+    /// Members check the backends' health.
+    pub health_checks: bool,
     /// The router spreads packets over the backends themselves, and no member is started: shows the instrument alone.
     pub direct: bool,
     /// The lab's own servers and clients run; without them the caller brings its own.
@@ -124,6 +148,8 @@ impl Default for LabOptions {
             backends: 3,
             connections: 2000,
             uploads: 0,
+            idle: 0,
+            half_closed: 0,
             short_rate: 50,
             interval: Duration::from_millis(400),
             ramp: 1000,
@@ -143,6 +169,8 @@ impl Default for LabOptions {
             udp: false,
             log_level: "info".to_owned(),
             events: Vec::new(),
+            chaos: None,
+            health_checks: false,
             direct: false,
             traffic: true,
             program: None,
@@ -162,6 +190,29 @@ impl LabOptions {
         })
     }
 
+    /// Connections that are opened at the start and live to the end.
+    pub fn long_lived(&self) -> u64 {
+        u64::from(self.connections) + u64::from(self.uploads) + u64::from(self.idle)
+    }
+
+    /// Lines to add to the service's section, with the health checks.
+    pub fn service_lines(&self) -> String {
+        let health = if self.health_checks { HEALTH_CHECKS } else { "" };
+        format!("{}{health}", self.service_lines)
+    }
+
+    /// The site in chaos: members and backends to spare, every kind of connection, health checks.
+    pub fn with_chaos(self, seed: u64) -> Self {
+        Self {
+            chaos: Some(seed),
+            idle: self.connections / 4,
+            half_closed: self.connections / 10,
+            health_checks: true,
+            cluster_lines: format!("{}\n{PATIENT_BOOTSTRAP}", self.cluster_lines),
+            ..self
+        }
+    }
+
     /// Whether hand-offs must be fragmented between members.
     pub const fn handoff_fragment(&self) -> bool {
         self.mtu < HANDOFF_MTU
@@ -171,8 +222,9 @@ impl LabOptions {
     pub fn duration(&self) -> Duration {
         /// Long enough to see what an event did: three times the confirmation time on a LAN, and some.
         const AFTER_LAST: Duration = Duration::from_secs(10);
+        const CHAOS: Duration = Duration::from_secs(60);
         let last = self.events.iter().map(|event| event.at).max().unwrap_or_default();
-        self.duration.unwrap_or(last + AFTER_LAST)
+        self.duration.unwrap_or(if self.chaos.is_some() { CHAOS } else { last + AFTER_LAST })
     }
 }
 
@@ -195,9 +247,9 @@ pub struct LabArgs {
     /// How members reach backends; default: l2 for lan, ipip for routed.
     #[arg(long, value_parser = parse_method, value_name = "l2|ipip|gue")]
     method: Option<Method>,
-    /// Members at the start.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
-    members: u32,
+    /// Members at the start; default: 3, with --chaos 4.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=99))]
+    members: Option<u32>,
     /// Backends at the start.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     backends: u32,
@@ -249,10 +301,29 @@ pub struct LabArgs {
     /// Read the events from a file.
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "kill", "crash", "pause", "join", "leave", "restart", "add_backend", "drain_backend", "crash_backend", "reload", "enter",
+        "partition", "split", "loss", "drain", "undrain", "fail_backend", "mend_backend",
     ])]
     scenario: Option<PathBuf>,
     #[command(flatten)]
     events: ScenarioArgs,
+    /// Change the site at random, as this number decides, one or two changes at a time and never more than the promise covers.
+    #[arg(long, value_name = "SEED", conflicts_with_all = [
+        "scenario", "no_events", "direct", "kill", "crash", "pause", "join", "leave", "restart", "add_backend", "drain_backend",
+        "crash_backend", "reload", "enter", "partition", "split", "loss", "drain", "undrain", "fail_backend", "mend_backend",
+    ])]
+    chaos: Option<u64>,
+    /// Draw connections and stalls over time into this file, as SVG; with --chaos only.
+    #[arg(long, value_name = "FILE", requires = "chaos")]
+    picture: Option<PathBuf>,
+    /// Connections beside those that say something only now and then.
+    #[arg(long, default_value_t = 0, value_name = "COUNT")]
+    idle: u32,
+    /// Connections at a time whose client has ended its side and still receives.
+    #[arg(long, default_value_t = 0, value_name = "COUNT")]
+    half_closed: u32,
+    /// Have members check the health of backends.
+    #[arg(long)]
+    health_checks: bool,
     /// Do nothing to the site. Without this, without an event and without --duration, a backend is added after 2 s,
     /// backend 1 drained after 5 s, and member 2 killed after 9 s.
     #[arg(long)]
@@ -295,24 +366,33 @@ fn parse_method(text: &str) -> Result<Method, String> {
 impl LabArgs {
     /// What the command line asks for.
     pub fn options(&self) -> Result<LabOptions> {
+        let members = self.members.unwrap_or(if self.chaos.is_some() { CHAOS_MEMBERS } else { 3 });
         let events = match &self.scenario {
             Some(file) => scenario::read(file)?,
             None => match self.events.events()? {
-                none if none.is_empty() && self.duration.is_none() && !self.no_events && !self.direct => {
-                    scenario::story(self.members, self.backends)
+                none if none.is_empty()
+                    && self.duration.is_none()
+                    && !self.no_events
+                    && !self.direct
+                    && self.chaos.is_none() =>
+                {
+                    scenario::story(members, self.backends)
                 }
                 events => events,
             },
         };
         let fragment = self.filter_icmp && self.server_mss.is_none();
-        Ok(LabOptions {
+        let fails = |event: &Event| matches!(event.action, Action::FailBackend(_));
+        let options = LabOptions {
             topology: self.topology,
             forwarder: self.forwarder,
             method: self.method,
-            members: self.members,
+            members,
             backends: self.backends,
             connections: self.connections,
             uploads: self.upload,
+            idle: self.idle,
+            half_closed: self.half_closed,
             short_rate: self.short_rate,
             interval: self.interval,
             ramp: self.ramp,
@@ -331,6 +411,8 @@ impl LabArgs {
             forwarder_lines: String::new(),
             udp: false,
             log_level: self.log_level.clone(),
+            chaos: None,
+            health_checks: self.health_checks || events.iter().any(fails),
             events,
             direct: self.direct,
             traffic: true,
@@ -338,6 +420,10 @@ impl LabArgs {
             progress: !self.quiet,
             keep: self.keep.clone(),
             interrupt: Arc::default(),
+        };
+        Ok(match self.chaos {
+            Some(seed) => options.with_chaos(seed),
+            None => options,
         })
     }
 }
@@ -349,6 +435,11 @@ pub fn command(args: &LabArgs) -> ExitCode {
     let outcome = prepare(args).and_then(run);
     match outcome {
         Ok(report) => {
+            if let Some((file, svg)) = args.picture.as_ref().zip(chart::draw(&report))
+                && let Err(error) = std::fs::write(file, svg)
+            {
+                eprintln!("phalanx lab: cannot write {}: {error}", file.display());
+            }
             if args.json {
                 match serde_json::to_string_pretty(&report) {
                     Ok(text) => println!("{text}"),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::changes::ChaosReport;
 use super::traffic::{Window, percentile};
 use super::world::Topology;
 
@@ -16,6 +17,8 @@ pub struct Report {
     pub topology: Topology,
     /// How members reached backends.
     pub method: String,
+    /// Which forwarder members had.
+    pub forwarder: String,
     /// Members at the start.
     pub members: u32,
     /// Backends at the start.
@@ -57,6 +60,9 @@ pub struct Report {
     pub problems: Vec<String>,
     /// Whether the run was ended by a signal before its time.
     pub interrupted: bool,
+    /// What was measured by kind of change, where the run was chaos.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chaos: Option<ChaosReport>,
 }
 
 /// What was measured from one event to the next.
@@ -102,11 +108,11 @@ impl EventReport {
     }
 }
 
-fn share(value: Option<f64>) -> String {
+pub(super) fn share(value: Option<f64>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{:.1} %", value * 100.0))
 }
 
-fn millis(value: Option<f64>) -> String {
+pub(super) fn millis(value: Option<f64>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.1}"))
 }
 
@@ -118,8 +124,9 @@ impl fmt::Display for Report {
         };
         writeln!(
             f,
-            "{} members, {} backends, {topology}, {}, replication {}, {:.1} s{}",
+            "{} members ({}), {} backends, {topology}, {}, replication {}, {:.1} s{}",
             self.members,
+            self.forwarder,
             self.backends,
             self.method,
             if self.replication { "on" } else { "OFF" },
@@ -129,7 +136,7 @@ impl fmt::Display for Report {
         writeln!(f)?;
         writeln!(
             f,
-            "{:>8}  {:<22} {:>6} {:>9} {:>11} {:>11} {:>9} {:>12} {:>12} {:>7}",
+            "{:>8}  {:<34} {:>6} {:>9} {:>11} {:>11} {:>9} {:>12} {:>12} {:>7}",
             "at",
             "event",
             "live",
@@ -144,7 +151,7 @@ impl fmt::Display for Report {
         for event in &self.events {
             writeln!(
                 f,
-                "{:>6.1} s  {:<22} {:>6} {:>9} {:>8} ms {:>8} ms {:>9} {:>9} ms {:>9} ms {:>7}",
+                "{:>6.1} s  {:<34} {:>6} {:>9} {:>8} ms {:>8} ms {:>9} {:>9} ms {:>9} ms {:>7}",
                 event.at_s,
                 event.what,
                 event.live,
@@ -158,6 +165,9 @@ impl fmt::Display for Report {
             )?;
         }
         writeln!(f)?;
+        if let Some(chaos) = &self.chaos {
+            writeln!(f, "{chaos}")?;
+        }
         let list = |counts: &BTreeMap<String, u64>| {
             if counts.is_empty() {
                 return "none".to_owned();

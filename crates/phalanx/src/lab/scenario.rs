@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-/// Pause without a length.
-const DEFAULT_PAUSE: Duration = Duration::from_secs(5);
+/// Length of what lasts, if none is given.
+const DEFAULT_LENGTH: Duration = Duration::from_secs(5);
 
 /// Something done to the site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,20 @@ pub enum Action {
     Reload(Option<u32>),
     /// The router sends all packets by one member, or (`None`) by all again.
     Enter(Option<u32>),
+    /// Nothing reaches a member and nothing leaves it for this long; its process runs on.
+    Partition(u32, Duration),
+    /// A member and the other members do not reach each other for this long; clients and backends reach all of them.
+    Split(u32, Duration),
+    /// So many of a hundred packets are lost on every member's link, both ways, for this long.
+    Loss(u32, Duration),
+    /// A member gets weight 0: it gives its flows away and goes on dispatching.
+    Drain(u32),
+    /// A drained member gets its weight back.
+    Undrain(u32),
+    /// A backend fails its health check and goes on serving what it has.
+    FailBackend(u32),
+    /// A backend that failed its health check passes it again.
+    MendBackend(u32),
 }
 
 /// An action and its time.
@@ -65,6 +79,98 @@ impl fmt::Display for Action {
             Self::Reload(None) => write!(f, "reload all"),
             Self::Enter(Some(id)) => write!(f, "enter by {id}"),
             Self::Enter(None) => write!(f, "enter by all"),
+            Self::Partition(id, length) => {
+                write!(f, "partition {id} for {}", humantime::format_duration(*length))
+            }
+            Self::Split(id, length) => write!(f, "split {id} for {}", humantime::format_duration(*length)),
+            Self::Loss(share, length) => {
+                write!(f, "loss {share} % for {}", humantime::format_duration(*length))
+            }
+            Self::Drain(id) => write!(f, "drain {id}"),
+            Self::Undrain(id) => write!(f, "undrain {id}"),
+            Self::FailBackend(id) => write!(f, "fail backend {id}"),
+            Self::MendBackend(id) => write!(f, "mend backend {id}"),
+        }
+    }
+}
+
+impl Action {
+    /// The kind of change, as reports group them.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Kill(_) => "kill",
+            Self::Crash(_) => "crash",
+            Self::Pause(..) => "pause",
+            Self::Join(_) => "join",
+            Self::Leave(_) => "leave",
+            Self::Restart(_) => "restart",
+            Self::AddBackend(_) => "add backend",
+            Self::DrainBackend(_) => "drain backend",
+            Self::CrashBackend(_) => "crash backend",
+            Self::Reload(_) => "reload",
+            Self::Enter(_) => "enter",
+            Self::Partition(..) => "partition",
+            Self::Split(..) => "split",
+            Self::Loss(..) => "loss",
+            Self::Drain(_) => "drain",
+            Self::Undrain(_) => "undrain",
+            Self::FailBackend(_) => "fail backend",
+            Self::MendBackend(_) => "mend backend",
+        }
+    }
+
+    /// The kind of a change that is told in words, as [`fmt::Display`] tells it.
+    pub fn kind_of(words: &str) -> Option<&'static str> {
+        const KINDS: [&str; 18] = [
+            "kill",
+            "crash backend",
+            "crash",
+            "pause",
+            "join",
+            "leave",
+            "restart",
+            "add backend",
+            "drain backend",
+            "reload",
+            "enter",
+            "partition",
+            "split",
+            "loss",
+            "drain",
+            "undrain",
+            "fail backend",
+            "mend backend",
+        ];
+        // "add a backend" is the one whose words are not its kind and a target.
+        if words == "add a backend" {
+            return Some("add backend");
+        }
+        KINDS.into_iter().find(|kind| {
+            words.strip_prefix(kind).is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
+        })
+    }
+
+    /// Whether it takes a member away, brings one, or moves flows between members.
+    pub const fn changes_members(&self) -> bool {
+        match self {
+            Self::Kill(_)
+            | Self::Crash(_)
+            | Self::Pause(..)
+            | Self::Join(_)
+            | Self::Leave(_)
+            | Self::Restart(_)
+            | Self::Partition(..)
+            | Self::Split(..)
+            | Self::Drain(_)
+            | Self::Undrain(_) => true,
+            Self::AddBackend(_)
+            | Self::DrainBackend(_)
+            | Self::CrashBackend(_)
+            | Self::Reload(_)
+            | Self::Enter(_)
+            | Self::Loss(..)
+            | Self::FailBackend(_)
+            | Self::MendBackend(_) => false,
         }
     }
 }
@@ -158,12 +264,33 @@ pub struct ScenarioArgs {
     /// Have the router send all packets by one member, or by all again.
     #[arg(long, value_name = "[ID@]TIME")]
     pub enter: Vec<When>,
+    /// Cut a member off from everything for a length of time (5 s if none is given); its process runs on.
+    #[arg(long, value_name = "ID@TIME[+LENGTH]")]
+    pub partition: Vec<When>,
+    /// Cut a member off from the other members only, for a length of time.
+    #[arg(long, value_name = "ID@TIME[+LENGTH]")]
+    pub split: Vec<When>,
+    /// Lose so many of a hundred packets on every member's link, for a length of time.
+    #[arg(long, value_name = "PERCENT@TIME[+LENGTH]")]
+    pub loss: Vec<When>,
+    /// Give a member weight 0: it gives its flows away and goes on dispatching.
+    #[arg(long, value_name = "ID@TIME")]
+    pub drain: Vec<When>,
+    /// Give a drained member its weight back.
+    #[arg(long, value_name = "ID@TIME")]
+    pub undrain: Vec<When>,
+    /// Have a backend fail its health check while it goes on serving what it has.
+    #[arg(long, value_name = "ID@TIME")]
+    pub fail_backend: Vec<When>,
+    /// Have it pass again.
+    #[arg(long, value_name = "ID@TIME")]
+    pub mend_backend: Vec<When>,
 }
 
 impl ScenarioArgs {
     /// The events, in order of time.
     pub fn events(&self) -> Result<Vec<Event>> {
-        let lists: [(&str, &[When]); 11] = [
+        let lists: [(&str, &[When]); 18] = [
             ("kill", &self.kill),
             ("crash", &self.crash),
             ("pause", &self.pause),
@@ -175,6 +302,13 @@ impl ScenarioArgs {
             ("crash-backend", &self.crash_backend),
             ("reload", &self.reload),
             ("enter", &self.enter),
+            ("partition", &self.partition),
+            ("split", &self.split),
+            ("loss", &self.loss),
+            ("drain", &self.drain),
+            ("undrain", &self.undrain),
+            ("fail-backend", &self.fail_backend),
+            ("mend-backend", &self.mend_backend),
         ];
         let mut events = Vec::new();
         for (name, whens) in lists {
@@ -188,16 +322,17 @@ impl ScenarioArgs {
 }
 
 fn event(name: &str, when: When) -> Result<Event> {
-    if when.length.is_some() && name != "pause" {
-        bail!("{name} takes no length of time, only a pause does");
+    if when.length.is_some() && !["pause", "partition", "split", "loss"].contains(&name) {
+        bail!("{name} takes no length of time; pause, partition, split and loss do");
     }
+    let length = when.length.unwrap_or(DEFAULT_LENGTH);
     let target = when
         .target
         .with_context(|| format!("{name} needs a target: write its number before the time, as in 2@5s"));
     let action = match name {
         "kill" => Action::Kill(target?),
         "crash" => Action::Crash(target?),
-        "pause" => Action::Pause(target?, when.length.unwrap_or(DEFAULT_PAUSE)),
+        "pause" => Action::Pause(target?, length),
         "join" => Action::Join(when.target),
         "leave" => Action::Leave(target?),
         "restart" => Action::Restart(target?),
@@ -206,9 +341,19 @@ fn event(name: &str, when: When) -> Result<Event> {
         "crash-backend" => Action::CrashBackend(target?),
         "reload" => Action::Reload(when.target),
         "enter" => Action::Enter(when.target),
+        "partition" => Action::Partition(target?, length),
+        "split" => Action::Split(target?, length),
+        "loss" => match target? {
+            share @ 1..=100 => Action::Loss(share, length),
+            share => bail!("loss takes 1 to 100 of a hundred packets, not {share}"),
+        },
+        "drain" => Action::Drain(target?),
+        "undrain" => Action::Undrain(target?),
+        "fail-backend" => Action::FailBackend(target?),
+        "mend-backend" => Action::MendBackend(target?),
         _ => bail!(
             "there is no event {name:?}: kill, crash, pause, join, leave, restart, add-backend, drain-backend, \
-             crash-backend, reload and enter are"
+             crash-backend, fail-backend, mend-backend, reload, enter, partition, split, loss, drain and undrain are"
         ),
     };
     Ok(Event { at: when.at, action })
@@ -268,6 +413,35 @@ mod tests {
     }
 
     #[test]
+    fn the_kind_of_a_change_is_found_in_its_words() {
+        let length = Duration::from_secs(1);
+        for action in [
+            Action::Kill(1),
+            Action::Crash(1),
+            Action::CrashBackend(1),
+            Action::Pause(1, length),
+            Action::Join(None),
+            Action::Leave(1),
+            Action::Restart(1),
+            Action::AddBackend(None),
+            Action::AddBackend(Some(1)),
+            Action::DrainBackend(1),
+            Action::Reload(None),
+            Action::Enter(None),
+            Action::Partition(1, length),
+            Action::Split(1, length),
+            Action::Loss(1, length),
+            Action::Drain(1),
+            Action::Undrain(1),
+            Action::FailBackend(1),
+            Action::MendBackend(1),
+        ] {
+            assert_eq!(Action::kind_of(&action.to_string()), Some(action.kind()), "{action}");
+        }
+        assert_eq!(Action::kind_of("opening"), None);
+    }
+
+    #[test]
     fn a_scenario_file_says_the_same_as_the_command_line() {
         let file = parse(
             "[[event]]\nat = \"5s\"\ndo = \"pause\"\ntarget = 2\nfor = \"1s\"\n\
@@ -291,6 +465,7 @@ mod tests {
             ("[[event]]\nat = \"1s\"\ndo = \"kill\"\ntarget = 1\nfor = \"1s\"\n", "no length"),
             ("[[event]]\nat = \"soon\"\ndo = \"kill\"\ntarget = 1\n", "at"),
             ("[[event]]\nat = \"1s\"\ndo = \"kill\"\ntarget = 1\nwho = 2\n", "who"),
+            ("[[event]]\nat = \"1s\"\ndo = \"loss\"\ntarget = 101\n", "1 to 100"),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());
             assert!(error.contains(reason), "{error}");

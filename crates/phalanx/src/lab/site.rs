@@ -1,6 +1,6 @@
 //! The run: what happens when, and what is seen of it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{IsTerminal as _, Write as _};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -21,8 +21,11 @@ use super::router::Router;
 use super::scenario::{Action, Event};
 use super::share::ConsistentTable;
 use super::traffic::{Traffic, TrafficOptions};
+use super::weather::{Weather, v4_addresses};
 use super::world::{Topology, World, WorldOptions};
 use super::{LabOptions, privilege};
+
+mod chaos;
 
 /// How often the lab looks at the clock, its children and the router.
 const TICK: Duration = Duration::from_millis(10);
@@ -45,6 +48,8 @@ const WEIGHT: u32 = 100;
 const GUE_PORT: u16 = 6080;
 /// The device that a decapsulator makes.
 const DECAP_DEVICE: &str = "phx-decap";
+/// Members and backends that chaos needs: one goes and two are left.
+const LEAST_FOR_CHAOS: u32 = 3;
 /// Flows a member is asked about, to see that it and the lab compute the same table.
 const CROSS_CHECKS: usize = 4;
 
@@ -66,6 +71,12 @@ pub struct Lab {
     program: PathBuf,
     backends: Vec<BackendLine>,
     resumes: Vec<(Instant, u32)>,
+    lasting: Vec<chaos::Lasting>,
+    /// Members whose links are whole again and which the router does not use yet.
+    returning: Vec<(Instant, u32)>,
+    drained: BTreeSet<u32>,
+    failing: BTreeSet<u32>,
+    chaos: chaos::Book,
     problems: Vec<String>,
     windows: Vec<EventReport>,
     deviating: Option<f64>,
@@ -84,7 +95,7 @@ impl Lab {
                 "method l2 needs members and backends on one segment: use ipip or gue, or the topology lan"
             );
         }
-        privilege::raise_file_limit(2 * u64::from(options.connections + options.uploads) + SPARE_FILES)?;
+        privilege::raise_file_limit(2 * options.long_lived() + SPARE_FILES)?;
         let mut highest = (options.members, options.backends);
         for event in &options.events {
             match event.action {
@@ -94,6 +105,13 @@ impl Lab {
                 Action::AddBackend(Some(id)) => highest.1 = highest.1.max(id),
                 _ => {}
             }
+        }
+        if options.chaos.is_some() {
+            let site = Self::chaos_site(&options);
+            if site.members < LEAST_FOR_CHAOS || site.backends < LEAST_FOR_CHAOS {
+                bail!("chaos needs {LEAST_FOR_CHAOS} members and {LEAST_FOR_CHAOS} backends or more");
+            }
+            highest = (highest.0.max(site.member_hosts()), highest.1.max(site.backend_hosts()));
         }
         let world = World::build(WorldOptions {
             topology: options.topology,
@@ -135,6 +153,11 @@ impl Lab {
             program,
             backends: Vec::new(),
             resumes: Vec::new(),
+            lasting: Vec::new(),
+            returning: Vec::new(),
+            drained: BTreeSet::new(),
+            failing: BTreeSet::new(),
+            chaos: chaos::Book::default(),
             problems: Vec::new(),
             windows: Vec::new(),
             deviating: None,
@@ -274,7 +297,7 @@ impl Lab {
             method: method_name(self.options.method()).to_owned(),
             service: self.world.service(),
             backends: self.backends.clone(),
-            service_lines: self.options.service_lines.clone(),
+            service_lines: self.options.service_lines(),
             cluster_lines: self.options.cluster_lines.clone(),
             forwarder: self.options.forwarder,
             forwarder_lines: self.options.forwarder_lines.clone(),
@@ -282,10 +305,10 @@ impl Lab {
             log_level: self.options.log_level.clone(),
         };
         let key = self.directory.path.join("cluster.key");
-        self.members
-            .iter()
-            .zip(&self.world.members)
-            .try_for_each(|(member, host)| member.configure(&file.to_toml(member.id, host.v4, WEIGHT, &key)))
+        self.members.iter().zip(&self.world.members).try_for_each(|(member, host)| {
+            let weight = if self.drained.contains(&member.id) { 0 } else { WEIGHT };
+            member.configure(&file.to_toml(member.id, host.v4, weight, &key))
+        })
     }
 
     fn member(&mut self, id: u32) -> Result<(usize, &mut Member)> {
@@ -372,6 +395,40 @@ impl Lab {
                 }
                 self.router.pin(id);
             }
+            Action::Partition(id, length) => {
+                self.member(id)?;
+                self.begin_weather(Weather::Cut, Some(id), length)?;
+            }
+            Action::Split(id, length) => {
+                self.member(id)?;
+                let others = self.world.members.iter().filter(|host| host.number != id).map(|host| host.v4);
+                let others = v4_addresses(others);
+                self.begin_weather(Weather::Split(others), Some(id), length)?;
+            }
+            Action::Loss(share, length) => self.begin_weather(Weather::Loss(share), None, length)?,
+            Action::Drain(id) | Action::Undrain(id) => {
+                self.member(id)?;
+                if matches!(action, Action::Drain(_)) {
+                    self.drained.insert(id);
+                } else {
+                    self.drained.remove(&id);
+                }
+                self.configure_all()?;
+                self.member(id)?.1.reload()?;
+            }
+            Action::FailBackend(number) | Action::MendBackend(number) => {
+                if number == 0 || number as usize > self.world.backends.len() {
+                    bail!("there is no backend {number} in this lab");
+                }
+                let fails = matches!(action, Action::FailBackend(_));
+                let traffic = self.traffic.as_ref().context("the lab's own servers do not run")?;
+                traffic.set_ill(number, fails);
+                if fails {
+                    self.failing.insert(number);
+                } else {
+                    self.failing.remove(&number);
+                }
+            }
         }
         // What the router must know at once, it learns at once.
         self.poll()
@@ -401,13 +458,18 @@ impl Lab {
                 }
             }
         }
+        self.end_weather(now)?;
+        self.returning.retain(|(at, _)| *at > now);
         for (index, member) in self.members.iter_mut().enumerate() {
             let had_process = member.has_process();
             self.problems.extend(member.poll_exit()?);
             if had_process && !member.has_process() {
                 self.scraper.set_interest(index, Interest::Nothing);
             }
-            let alive = member.is_running() && self.scraper.is_ready(index);
+            let alive = member.is_running()
+                && self.scraper.is_ready(index)
+                && !Self::is_cut(&self.lasting, member.id)
+                && !self.returning.iter().any(|(_, id)| *id == member.id);
             self.router.handle_liveness(member.id, alive, now);
         }
         // A decapsulator that ended is told once, and taken off the list.
@@ -424,11 +486,13 @@ impl Lab {
     /// Builds nothing more, runs everything, reports.
     pub(super) fn run(mut self) -> Result<Report> {
         self.start_members()?;
-        let total = u64::from(self.options.connections + self.options.uploads);
+        let total = self.options.long_lived();
         let options = TrafficOptions {
             target: self.world.target(),
             connections: self.options.connections,
             uploads: self.options.uploads,
+            idle: self.options.idle,
+            half_closed: self.options.half_closed,
             short_rate: self.options.short_rate,
             interval: self.options.interval,
             ramp: self.options.ramp,
@@ -457,7 +521,13 @@ impl Lab {
             first.at_s = -opened_after.as_secs_f64();
         }
         self.open_window("start");
-        self.events()?;
+        match self.options.chaos {
+            Some(seed) => {
+                self.watch_closely();
+                self.chaos(seed)?;
+            }
+            None => self.events()?,
+        }
         self.finish()
     }
 
@@ -469,7 +539,7 @@ impl Lab {
             while events.front().is_some_and(|event| event.at <= self.start.elapsed()) {
                 let Some(event) = events.pop_front() else { break };
                 let share = self.open_window(&event.action.to_string());
-                if is_member_change(event.action) && self.deviating.is_none() {
+                if event.action.changes_members() && self.deviating.is_none() {
                     self.deviating = share;
                 }
                 self.say(&event.action.to_string());
@@ -501,7 +571,13 @@ impl Lab {
     /// The share of live connections whose backend is not the one the consistent table would give now.
     pub fn deviating_share(&mut self) -> Option<f64> {
         let target = self.world.target();
-        let table = ConsistentTable::new(target, self.options.method(), GUE_PORT, &self.backends);
+        // One that fails its health check gets no new flows either.
+        let usable: Vec<BackendLine> = self
+            .backends
+            .iter()
+            .map(|line| BackendLine { drain: line.drain || self.failing.contains(&line.number), ..*line })
+            .collect();
+        let table = ConsistentTable::new(target, self.options.method(), GUE_PORT, &usable);
         let live = self.traffic.as_ref()?.ledger().live();
         if self.options.direct {
             return None;
@@ -596,6 +672,7 @@ impl Lab {
                 .to_owned(),
             members: if self.options.direct { 0 } else { self.options.members },
             backends: self.options.backends,
+            forwarder: self.options.forwarder.as_str().to_owned(),
             replication: self.options.replication,
             duration_s: duration.as_secs_f64(),
             deviating_share: self.deviating.or(at_end),
@@ -623,10 +700,12 @@ impl Lab {
         for broken in ledger.broken() {
             *report.broken_causes.entry(broken.cause).or_default() += 1;
         }
+        let chaos = self.options.chaos.map(|seed| self.chaos_report(seed, &ledger));
         report.events = std::mem::take(&mut self.windows);
         for (event, window) in report.events.iter_mut().zip(ledger.windows()) {
             event.measure(&window);
         }
+        report.chaos = chaos;
         Ok(report)
     }
 
@@ -693,22 +772,6 @@ impl Lab {
         } else {
             eprintln!("{line}");
         }
-    }
-}
-
-const fn is_member_change(action: Action) -> bool {
-    match action {
-        Action::Kill(_)
-        | Action::Crash(_)
-        | Action::Pause(..)
-        | Action::Join(_)
-        | Action::Leave(_)
-        | Action::Restart(_) => true,
-        Action::AddBackend(_)
-        | Action::DrainBackend(_)
-        | Action::CrashBackend(_)
-        | Action::Reload(_)
-        | Action::Enter(_) => false,
     }
 }
 

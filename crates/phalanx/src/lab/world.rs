@@ -80,8 +80,10 @@ pub struct Host {
     gateway_v6: IpAddr,
     prefix_v4: u8,
     server_mss: Option<u32>,
-    /// The router's interface towards it.
+    /// The router's interface towards it, by which packets are routed.
     router_link: u32,
+    /// The router's end of its link; on a segment not the same.
+    pub port: u32,
 }
 
 impl Host {
@@ -243,6 +245,7 @@ impl Builder<'_> {
             prefix_v4: 24,
             server_mss: None,
             router_link: link,
+            port: link,
         };
         host.restore()?;
         let client = Arc::into_inner(host.netns).context("the client's namespace is shared")?;
@@ -328,6 +331,7 @@ impl Builder<'_> {
             prefix_v4: 24,
             server_mss: self.options.server_mss.filter(|_| subnet == 2),
             router_link,
+            port: link,
         };
         host.restore()?;
         Ok(host)

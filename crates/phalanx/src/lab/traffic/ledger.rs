@@ -15,6 +15,31 @@ pub enum Kind {
     Upload,
     /// A few requests.
     Short,
+    /// Lives to the end of the run and says little.
+    Idle,
+    /// The client has ended its side and receives for some seconds.
+    HalfClosed,
+}
+
+impl Kind {
+    /// Whether it lives to the end of the run.
+    pub const fn lives_long(self) -> bool {
+        match self {
+            Self::Long | Self::Upload | Self::Idle => true,
+            Self::Short | Self::HalfClosed => false,
+        }
+    }
+
+    /// Its name in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Long => "long",
+            Self::Upload => "upload",
+            Self::Short => "short",
+            Self::Idle => "idle",
+            Self::HalfClosed => "half-closed",
+        }
+    }
 }
 
 /// A connection that did not fare well.
@@ -28,6 +53,17 @@ pub struct Broken {
     pub by_server: bool,
     /// The backend that had it, as far as known.
     pub backend: Option<u32>,
+    /// When it began to wait for what never came; `None`: when it was noticed.
+    pub since: Option<Instant>,
+    /// What it was, if it was open; filled in by the ledger.
+    pub live: Option<Live>,
+}
+
+impl Broken {
+    /// Connection `id`, noticed now.
+    pub const fn new(id: u64, cause: String, by_server: bool, backend: Option<u32>) -> Self {
+        Self { id, cause, by_server, backend, since: None, live: None }
+    }
 }
 
 /// A connection in progress.
@@ -73,6 +109,18 @@ pub struct Window {
     pub broken: u64,
 }
 
+/// What happened in one second.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Second {
+    /// The longest gap that ended in it.
+    pub longest: Duration,
+    /// Gaps of at least [`STALL`] that ended in it.
+    pub stalls: u64,
+}
+
+/// A gap this long is a stall: no shorter than the first retransmission of Linux (RTO_MIN, include/net/tcp.h).
+const STALL: Duration = Duration::from_millis(200);
+
 /// The book that clients and servers write and the lab reads.
 ///
 /// A gap belongs to the window in which its middle lies: a request sent just before a member dies waits mostly after.
@@ -96,6 +144,8 @@ struct Book {
     /// Longest gap by window and connection.
     gaps: Vec<HashMap<u64, Duration>>,
     connects: Vec<Vec<Duration>>,
+    /// Seconds since the book was opened.
+    seconds: Vec<Second>,
 }
 
 impl Ledger {
@@ -114,6 +164,7 @@ impl Ledger {
                 broken: HashMap::new(),
                 gaps: vec![HashMap::new()],
                 connects: vec![Vec::new()],
+                seconds: Vec::new(),
             }),
         }
     }
@@ -164,7 +215,7 @@ impl Ledger {
         let mut book = self.book();
         if let Some(live) = book.live.get_mut(&id) {
             live.backend = Some(backend);
-            if live.kind != Kind::Short {
+            if live.kind.lives_long() {
                 book.long_live += 1;
             }
         }
@@ -177,6 +228,13 @@ impl Ledger {
             let longest = gaps.entry(id).or_default();
             *longest = gap.max(*longest);
         }
+        let end = (start + gap).saturating_duration_since(book.windows[0]).as_secs() as usize;
+        if book.seconds.len() <= end {
+            book.seconds.resize(end + 1, Second::default());
+        }
+        let second = &mut book.seconds[end];
+        second.longest = second.longest.max(gap);
+        second.stalls += u64::from(gap >= STALL);
     }
 
     pub(super) fn note_completed(&self, id: u64) {
@@ -185,17 +243,26 @@ impl Ledger {
         book.completed += 1;
     }
 
-    pub(super) fn note_broken(&self, broken: Broken) {
+    pub(super) fn note_broken(&self, mut broken: Broken) {
+        /// Half of the wait for what breaks a connection at once, and of what a client of TCP lets pass before it asks again: a
+        /// connection that hears nothing for 30 s broke at their beginning, and one that is reset broke when it was.
+        const SOON: Duration = Duration::from_secs(2);
         let mut book = self.book();
+        broken.live = book.live.get(&broken.id).copied();
         if !broken.by_server {
             book.end(broken.id);
         }
-        let window = book.windows.len() - 1;
+        let window = match broken.since {
+            Some(since) => book.window_of(since, since.elapsed().min(SOON)),
+            None => book.windows.len() - 1,
+        };
         // Both ends may see it: one connection breaks once, and the client's word comes first.
         match book.broken.entry(broken.id) {
             std::collections::hash_map::Entry::Occupied(mut entry) => {
-                if entry.get().1.by_server {
-                    entry.get_mut().1 = broken;
+                let (at, known) = entry.get_mut();
+                if known.by_server {
+                    broken.live = broken.live.or(known.live);
+                    (*at, *known) = (window, broken);
                 }
             }
             std::collections::hash_map::Entry::Vacant(entry) => {
@@ -229,6 +296,21 @@ impl Ledger {
         self.book().broken.values().map(|(_, broken)| broken.clone()).collect()
     }
 
+    /// The connections that broke, each with the number of its window.
+    pub fn broken_by_window(&self) -> Vec<(usize, Broken)> {
+        self.book().broken.values().cloned().collect()
+    }
+
+    /// What happened second by second, the first when the book was opened.
+    pub fn seconds(&self) -> Vec<Second> {
+        self.book().seconds.clone()
+    }
+
+    /// When the book was opened.
+    pub fn opened_at(&self) -> Instant {
+        self.book().windows[0]
+    }
+
     /// What was measured, window by window.
     pub fn windows(&self) -> Vec<Window> {
         let book = self.book();
@@ -253,7 +335,7 @@ impl Book {
 
     fn end(&mut self, id: u64) {
         if let Some(live) = self.live.remove(&id)
-            && live.kind != Kind::Short
+            && live.kind.lives_long()
             && live.backend.is_some()
         {
             self.long_live -= 1;
@@ -276,7 +358,7 @@ mod tests {
     }
 
     fn broken(id: u64, by_server: bool) -> Broken {
-        Broken { id, cause: "x".to_owned(), by_server, backend: None }
+        Broken::new(id, "x".to_owned(), by_server, None)
     }
 
     #[test]

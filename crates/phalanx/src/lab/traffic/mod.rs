@@ -25,7 +25,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow};
 use tokio::sync::watch;
 
-pub use ledger::{Broken, Counts, Kind, Ledger, Live, Window, percentile};
+pub use ledger::{Broken, Counts, Kind, Ledger, Live, Second, Window, percentile};
 
 use super::netns::Netns;
 
@@ -38,6 +38,10 @@ pub struct TrafficOptions {
     pub connections: u32,
     /// Connections that upload full-size segments, beside those.
     pub uploads: u32,
+    /// Connections that say something only now and then, beside those.
+    pub idle: u32,
+    /// Connections at a time whose client has ended its side and still receives, beside those; each lasts some seconds.
+    pub half_closed: u32,
     /// Short connections per second.
     pub short_rate: u32,
     /// Mean time between an answer and the next request of a connection.
@@ -50,6 +54,7 @@ pub struct TrafficOptions {
 #[derive(Debug)]
 pub struct Traffic {
     ledger: Arc<Ledger>,
+    ill: server::Ill,
     stop_clients: watch::Sender<bool>,
     stop_servers: watch::Sender<bool>,
     client: Option<JoinHandle<std::io::Result<std::io::Result<()>>>>,
@@ -62,11 +67,12 @@ impl Traffic {
         let ledger = Arc::new(Ledger::new());
         let (stop_clients, _) = watch::channel(false);
         let (stop_servers, stopped) = watch::channel(false);
-        let book = ledger.clone();
+        let ill = server::Ill::default();
+        let (book, sick) = (ledger.clone(), ill.clone());
         let server = thread::Builder::new()
             .name("lab-server".to_owned())
-            .spawn(move || server::serve(listeners, book, stopped))?;
-        Ok(Self { ledger, stop_clients, stop_servers, client: None, server: Some(server) })
+            .spawn(move || server::serve(listeners, book, sick, stopped))?;
+        Ok(Self { ledger, ill, stop_clients, stop_servers, client: None, server: Some(server) })
     }
 
     /// Starts the clients.
@@ -74,6 +80,16 @@ impl Traffic {
         let (ledger, stop) = (self.ledger.clone(), self.stop_clients.subscribe());
         self.client = Some(client.spawn_thread(move || client::run(options, ledger, stop))?);
         Ok(())
+    }
+
+    /// Has a backend fail its health checks, or pass them again; it serves on all the same.
+    pub fn set_ill(&self, backend: u32, ill: bool) {
+        let mut set = self.ill.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if ill {
+            set.insert(backend)
+        } else {
+            set.remove(&backend)
+        };
     }
 
     /// How the connections fare.

@@ -1,13 +1,14 @@
 //! What clients and servers of the lab say to each other.
 //!
 //! ```text
-//!   server: banner   "PHXB", backend
 //!   client: hello    "PHXC", largest request, connection
-//!   client: request  length, length of the reply, check; then so many bytes of the client's stream
-//!   server: reply    check; then so many bytes of the server's stream
+//!   server: banner   "PHXB", backend
+//!   client: request  length, length of the reply, pause, check; then so many bytes of the client's stream
+//!   server: reply    check; then so many bytes of the server's stream, with a pause after every few where one is asked for
 //!   ... and when the client ends its side, the server ends its own.
 //! ```
 //! Checks depend on connection and number, so that a reply to anything else is wrong.
+//! Whoever says "GET " in place of a hello is a health check, and is answered in HTTP.
 
 use super::pattern::mix;
 
@@ -16,9 +17,13 @@ pub(super) const BANNER_BYTES: usize = 8;
 /// Bytes of a hello.
 pub(super) const HELLO_BYTES: usize = 16;
 /// Bytes of a request's header.
-pub(super) const HEADER_BYTES: usize = 16;
+pub(super) const HEADER_BYTES: usize = 20;
 /// Bytes of a reply's header.
 pub(super) const REPLY_BYTES: usize = 8;
+/// Bytes of a reply between two pauses.
+pub(super) const TRICKLE_BYTES: u32 = 256;
+/// How a health check begins.
+pub(super) const HEALTH_CHECK: &[u8] = b"GET ";
 /// Longest request or reply.
 pub(super) const MAX_LENGTH: u32 = 1 << 20;
 
@@ -76,6 +81,8 @@ impl Hello {
 pub(super) struct Request {
     pub(super) length: u32,
     pub(super) reply: u32,
+    /// Milliseconds to wait after every [`TRICKLE_BYTES`] of the reply; 0: the reply comes at once.
+    pub(super) pause_ms: u32,
 }
 
 impl Request {
@@ -83,15 +90,21 @@ impl Request {
         let mut bytes = [0; HEADER_BYTES];
         bytes[..4].copy_from_slice(&self.length.to_be_bytes());
         bytes[4..8].copy_from_slice(&self.reply.to_be_bytes());
-        bytes[8..].copy_from_slice(&self.check(id, number).to_be_bytes());
+        bytes[8..12].copy_from_slice(&self.pause_ms.to_be_bytes());
+        bytes[12..].copy_from_slice(&self.check(id, number).to_be_bytes());
         bytes
     }
 
     pub(super) fn from_bytes(id: u64, number: u64, bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
         let (length, rest) = bytes.split_first_chunk::<4>()?;
         let (reply, rest) = rest.split_first_chunk::<4>()?;
+        let (pause_ms, rest) = rest.split_first_chunk::<4>()?;
         let check = rest.first_chunk::<8>()?;
-        let request = Self { length: u32::from_be_bytes(*length), reply: u32::from_be_bytes(*reply) };
+        let request = Self {
+            length: u32::from_be_bytes(*length),
+            reply: u32::from_be_bytes(*reply),
+            pause_ms: u32::from_be_bytes(*pause_ms),
+        };
         let right = u64::from_be_bytes(*check) == request.check(id, number)
             && request.length <= MAX_LENGTH
             && request.reply <= MAX_LENGTH;
@@ -99,7 +112,7 @@ impl Request {
     }
 
     const fn check(self, id: u64, number: u64) -> u64 {
-        mix(mix(id) ^ number ^ (self.length as u64) << 32 ^ (self.reply as u64))
+        mix(mix(mix(id) ^ number ^ (self.length as u64) << 32 ^ (self.reply as u64)) ^ self.pause_ms as u64)
     }
 }
 
@@ -120,7 +133,7 @@ mod tests {
         let hello = Hello { largest: 512, id: 42 };
         assert_eq!(Hello::from_bytes(&hello.to_bytes()), Some(hello));
         assert_eq!(Hello::from_bytes(&[0; HELLO_BYTES]), None);
-        let request = Request { length: 100, reply: 900 };
+        let request = Request { length: 100, reply: 900, pause_ms: 5 };
         let bytes = request.to_bytes(42, 7);
         assert_eq!(Request::from_bytes(42, 7, &bytes), Some(request));
         assert_eq!(Request::from_bytes(42, 8, &bytes), None, "another number");
@@ -130,7 +143,7 @@ mod tests {
             damaged[place] ^= 0x40;
             assert_eq!(Request::from_bytes(42, 7, &damaged), None, "byte {place}");
         }
-        let huge = Request { length: MAX_LENGTH + 1, reply: 0 };
+        let huge = Request { length: MAX_LENGTH + 1, reply: 0, pause_ms: 0 };
         assert_eq!(Request::from_bytes(1, 1, &huge.to_bytes(1, 1)), None);
     }
 }

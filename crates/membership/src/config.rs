@@ -45,6 +45,9 @@ pub struct Config {
     /// How long the seeds are tried before the joining member with the lowest id turns active alone, time in which this member did not
     /// run not counted. Default 2 s.
     pub bootstrap_wait: Duration,
+    /// This start adopted the flow table of an earlier one with the same `boot`: the member tells the others from its first word on that it
+    /// is active, and is so itself when it has met them. Default false.
+    pub resume: bool,
     /// Wait for [`crate::Membership::activate`] instead of turning active as soon as the cluster is known. Default false.
     pub hold_joining: bool,
 }
@@ -65,6 +68,7 @@ impl Config {
             shared: Shared::default(),
             id_interval: Duration::from_secs(5),
             bootstrap_wait: Duration::from_secs(2),
+            resume: false,
             hold_joining: false,
         }
     }

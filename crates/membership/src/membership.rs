@@ -69,7 +69,7 @@ const SLOW_ANSWERS: u8 = 8;
 /// ```
 ///
 /// - Getters: [`view`](Self::view), [`identity`](Self::identity), [`state`](Self::state),
-///   [`lease_valid_until`](Self::lease_valid_until), [`counters`](Self::counters).
+///   [`is_resuming`](Self::is_resuming), [`lease_valid_until`](Self::lease_valid_until), [`counters`](Self::counters).
 /// - Inputs: `handle_*`; each takes the time, which must not go backwards.
 /// - Commands: [`update_metadata`](Self::update_metadata), [`set_keys`](Self::set_keys), [`set_shared`](Self::set_shared),
 ///   [`change_address`](Self::change_address), [`set_forwarder_alive`](Self::set_forwarder_alive), [`activate`](Self::activate),
@@ -238,12 +238,18 @@ impl Membership {
         self.state
     }
 
+    /// Whether this start goes on with an earlier one's flow table ([`Config::resume`]) and has not met the others yet: until then the view
+    /// is of no use, and the lease is the one that the earlier start had.
+    pub fn is_resuming(&self) -> bool {
+        self.config.resume && self.state == MemberState::Joining
+    }
+
     /// Until when this member may own. `None` before the first proof that others hear it, and while the forwarder is not alive.
     ///
     /// Renewed by every answer to a probe, from the time the probe was sent, and while nobody else is known.
     /// Runs out before the others confirm this member down ([`crate::Timing::lease`]).
     pub fn lease_valid_until(&self) -> Option<Instant> {
-        if self.frozen.is_some() || self.departed { None } else { self.lease }
+        if self.frozen.is_some() || self.departed || self.is_resuming() { None } else { self.lease }
     }
 
     /// What happened so far.

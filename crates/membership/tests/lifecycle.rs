@@ -632,3 +632,48 @@ fn every_command_in_every_state_leads_where_the_diagram_says() {
         }
     }
 }
+
+/// Member 2 dies and is started again half a second later; whether the others ever saw another view than the one with all three.
+fn others_saw_another_view(seed: u64, again: Config) -> bool {
+    let mut cluster = settled(3, seed);
+    cluster.kill(1);
+    cluster.run_for(SECOND / 2);
+    let resumes = again.resume;
+    cluster.start(1, again).unwrap();
+    assert_eq!(cluster.membership(1).unwrap().is_resuming(), resumes);
+    if resumes {
+        assert_eq!(
+            cluster.membership(1).unwrap().lease_valid_until(),
+            None,
+            "the lease is the earlier start's"
+        );
+    }
+    settles(&mut cluster, 10 * SECOND);
+    assert!(!cluster.membership(1).unwrap().is_resuming());
+    assert!(cluster.membership(1).unwrap().lease_valid_until().is_some());
+    said(&cluster, [0, 2], |event| matches!(event, Event::ViewChanged(_)) || down(event))
+}
+
+#[test]
+fn a_start_that_resumes_is_active_to_the_others_from_its_first_word_on() {
+    for seed in 0..20 {
+        assert!(!others_saw_another_view(seed, Config { resume: true, ..adopted(2) }), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_start_that_does_not_resume_is_seen_joining_even_with_its_old_boot() {
+    assert!(others_saw_another_view(1, adopted(2)));
+}
+
+#[test]
+fn a_start_whose_tables_are_older_than_what_the_others_know_does_not_resume() {
+    let mut cluster = settled(3, 5);
+    cluster.kill(1);
+    cluster.start(1, Config { boot: 7, session: 7, ..lan(2) }).unwrap();
+    settles(&mut cluster, 10 * SECOND);
+    cluster.kill(1);
+    cluster.start(1, Config { boot: 3, session: 8, resume: true, ..lan(2) }).unwrap();
+    settles(&mut cluster, 20 * SECOND);
+    assert_eq!(cluster.membership(1).unwrap().identity().boot, 8);
+}

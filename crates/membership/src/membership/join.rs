@@ -328,7 +328,9 @@ impl Membership {
             self.change_identity(now, own.renewed_beyond(you.generation));
         } else if you.boot > own.boot && self.state == MemberState::Joining {
             // Our clock ran backwards: an earlier start had a higher boot.
+            // Or what was adopted is older than a start without it: then it is of no use.
             self.config.boot = you.boot.saturating_add(1);
+            self.config.resume = false;
             self.change_identity(now, Identity { boot: self.config.boot, generation: 0, ..own });
             self.publish(now);
         }

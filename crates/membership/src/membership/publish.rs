@@ -32,7 +32,8 @@ impl Membership {
                 session: self.seal.sealer.life().session,
                 version: self.version,
             },
-            state: self.state,
+            // Who resumes never stopped being what the others know it as.
+            state: if self.is_resuming() { MemberState::Active } else { self.state },
             view_digest: self.view.digest,
             metadata: self.config.metadata.clone(),
         };

@@ -54,6 +54,10 @@ metrics! {
     RECOVERED = Counter "phalanx_recovered" [] "Packets of flows nobody knew, forwarded by the consistent table";
     TABLE_FULL = Counter "phalanx_table_full" [] "Flows not recorded because the flow table was full";
     HALF_OPEN_EVICTED = Counter "phalanx_half_open_evicted" [] "Half-open flows pushed out by newer ones";
+    EVENTS_LOST = Counter "phalanx_events_lost" [] "Events of the forwarder that found their queue full";
+    FOUND_BY_SCAN = Counter "phalanx_found_by_scan" [] "Flows found by a scan of the table after events were lost or a restart";
+    FIB_LOOKUPS = Counter "phalanx_fib_lookups" [] "Packets whose next hop was unknown, so that the kernel's routes were asked";
+    PUNTED = Counter "phalanx_punted" [] "Packets that the program in the kernel left to the daemon";
     FRAGMENTED = Counter "phalanx_fragmented" ["path"] "Packets fragmented outside, by path (handoff or backend)";
     MEMBERS = Gauge "phalanx_members" ["state"] "Members in this member's view, by what it believes of them (alive, suspect, down)";
     VIEW_CHANGES = Counter "phalanx_view_changes" [] "Changes of this member's view";

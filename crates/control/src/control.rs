@@ -65,7 +65,7 @@ pub enum Event {
     Replication(ReplicationEvent),
     /// Too much waited for a peer; it gets a table of so many records instead.
     Refilled(MemberId, usize),
-    /// The forwarder had to leave out events; so many flows were found by a scan.
+    /// The forwarder had to leave out events, or an earlier process has not worked them off; so many flows were found by a scan.
     Missed(usize),
     /// The handover window is closed, and so many entries of former rows are gone.
     WindowClosed(usize),
@@ -96,6 +96,8 @@ pub struct Control {
     leaving_since: Option<Instant>,
     ready_to_leave_at: Option<Instant>,
     left: bool,
+    /// Until the first view: we go on with tables of an earlier process, which belong to this boot.
+    resumed: Option<u64>,
     events_lost: u64,
     lost_asked_at: Option<Instant>,
     view_changes: u64,
@@ -124,11 +126,20 @@ impl Control {
             leaving_since: None,
             ready_to_leave_at: None,
             left: false,
+            resumed: None,
             events_lost: 0,
             lost_asked_at: None,
             view_changes: 0,
             events: VecDeque::new(),
         }
+    }
+
+    /// The same with a forwarder that has the flows of an earlier process, of boot `boot`, and a planner that was
+    /// [restored](Planner::restore): the first view is a change from there, not the first one.
+    #[must_use]
+    pub const fn resumed(mut self, boot: u64) -> Self {
+        self.resumed = Some(boot);
+        self
     }
 
     /// The view in force.
@@ -167,6 +178,15 @@ impl Control {
     pub fn handle_view(&mut self, now: Instant, view: Arc<View>) {
         let digest_changed = view.digest != self.view.digest;
         self.view = Arc::clone(&view);
+        let resumed = self.resumed.take();
+        let own = view.get(self.settings.local);
+        if resumed.is_some_and(|boot| own.is_some_and(|own| own.boot != boot)) {
+            // The others know a later start of this member, which had not these flows.
+            forget_flows(&*self.forwarder);
+            if let Err(error) = self.planner.forget() {
+                self.events.push_back(Event::Unranked(error));
+            }
+        }
         let change = match self.planner.set_view(&view) {
             Ok(change) => change,
             Err(error) => return self.events.push_back(Event::Unranked(error)),
@@ -181,6 +201,10 @@ impl Control {
         self.replicator.handle_view(now, self.view_input());
         if let Some(change) = change {
             self.move_flows(&change, now);
+        }
+        if resumed.is_some() {
+            // The earlier process may have died before it told anybody.
+            self.find_missed(now);
         }
         self.pump(now);
     }
@@ -425,7 +449,7 @@ impl Control {
         }
     }
 
-    /// If the event queue overflowed, whatever is not stamped or not protected is looked at as if it had just changed.
+    /// Looks for what events would have said, if their queue overflowed.
     fn find_missed_if_due(&mut self, now: Instant) {
         if self.lost_asked_at.is_some_and(|at| now.duration_since(at) < LOST_EVENTS_EVERY) {
             return;
@@ -436,6 +460,12 @@ impl Control {
             return;
         }
         self.events_lost = lost;
+        self.find_missed(now);
+        self.pump(now);
+    }
+
+    /// Events are missing: whatever is not stamped or not protected is looked at as if it had just changed.
+    fn find_missed(&mut self, now: Instant) {
         let mut missed = Vec::new();
         self.forwarder.visit(&RowSet::All, &mut |record| {
             let protected = record.flags.has(phalanx_flow::FlowFlags::PROTECTED);
@@ -448,7 +478,6 @@ impl Control {
             let kind = if record.birth == 0 { FlowEventKind::New } else { FlowEventKind::Changed };
             self.replicator.handle_event(now, FlowEvent { kind, at_once: false, record });
         }
-        self.pump(now);
     }
 
     /// Carries out whatever the replicator wants of the forwarder, until it wants nothing more.
@@ -569,6 +598,16 @@ impl Control {
             }
         }
     }
+}
+
+/// Empties a forwarder's tables.
+pub fn forget_flows(forwarder: &dyn Forwarder) {
+    let mut keys = Vec::new();
+    forwarder.visit(&RowSet::All, &mut |record| keys.push(record.key));
+    for key in keys {
+        forwarder.remove(&key, 0, Duration::ZERO);
+    }
+    forwarder.flush_cache();
 }
 
 fn longest_linger(planner: &Planner) -> Duration {

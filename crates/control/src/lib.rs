@@ -17,6 +17,6 @@ pub mod control;
 pub mod planner;
 pub mod shared;
 
-pub use control::{Control, Event, Settings};
-pub use planner::{Destinations, Fixed, Planner, Service, TableRanking};
+pub use control::{Control, Event, Settings, forget_flows};
+pub use planner::{Destinations, Fixed, Planner, Service, Snapshot, TableRanking};
 pub use shared::SharedTables;

@@ -14,6 +14,7 @@ use phalanx_flow::{BackendId, BackendIndex, FlowKey, FlowSeed, MemberId, MemberS
 use phalanx_forwarder::{Handoff, Plan, PlanBackend, PlanMember, PlanService, SlotSet};
 use phalanx_membership::{KeyRing, View};
 use phalanx_rebalancer::{Ranking, Survivors};
+use serde::{Deserialize, Serialize};
 use siphasher::sip::SipHasher24;
 
 use crate::shared::{SharedTables, changed_slots};
@@ -125,6 +126,17 @@ pub struct TableChange {
     pub survivors: Survivors,
     /// Whether somebody who owned rows has left.
     pub departed: bool,
+}
+
+/// What a planner needs to go on where another one, of an earlier process, has ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// By slot: id, data address, and whether it was in the view.
+    pub members: Vec<(u32, IpAddr, bool)>,
+    /// Who ranks: id, weight, the number of its site, and its boot.
+    pub ranked: Vec<(u32, u32, u32, u64)>,
+    /// Digest of the view.
+    pub view_digest: u64,
 }
 
 struct ServicePlan {
@@ -252,6 +264,65 @@ impl Planner {
             survivors
         };
         Ok(Some(TableChange { old, new: Arc::clone(&self.current), survivors, departed }))
+    }
+
+    /// What is in force, for [`Self::restore`]. `None` while the local member does not rank: then nothing of it is worth going on with.
+    ///
+    /// The table before is not in it: a restart within a handover window does without step 5's first question (design §4).
+    pub fn snapshot(&self) -> Option<Snapshot> {
+        if !self.boots.contains_key(&self.fixed.local) {
+            return None;
+        }
+        let ranked = self.current.table.members();
+        Some(Snapshot {
+            members: self
+                .members
+                .iter()
+                .map(|member| (member.id.0, member.address, member.liveness != Liveness::Down))
+                .collect(),
+            ranked: ranked
+                .iter()
+                .map(|member| {
+                    let boot = self.boots.get(&member.id).copied().unwrap_or_default();
+                    (member.id.0, member.weight, member.site, boot)
+                })
+                .collect(),
+            view_digest: self.view_digest,
+        })
+    }
+
+    /// Goes on where the planner that made the snapshot has ended, as if it had only been stopped: the next view is a change from there.
+    pub fn restore(&mut self, snapshot: &Snapshot) -> Result<(), RankingError> {
+        let ranked: Vec<RankedMember> = snapshot
+            .ranked
+            .iter()
+            .map(|&(id, weight, site, _)| RankedMember { id: MemberId(id), weight, site })
+            .collect();
+        let mut table = RowTable::clone(&self.current.table);
+        table.set_members(&ranked)?;
+        self.members = snapshot
+            .members
+            .iter()
+            .map(|&(id, address, in_view)| PlanMember {
+                id: MemberId(id),
+                address,
+                liveness: if in_view { Liveness::Alive } else { Liveness::Down },
+            })
+            .collect();
+        self.boots = snapshot.ranked.iter().map(|&(id, _, _, boot)| (MemberId(id), boot)).collect();
+        self.view_digest = snapshot.view_digest;
+        self.current = Arc::new(TableRanking { table: Arc::new(table), seed: self.fixed.seed });
+        self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
+        self.previous = None;
+        Ok(())
+    }
+
+    /// Forgets everybody but the local member, as if nothing had been restored.
+    pub fn forget(&mut self) -> Result<(), RankingError> {
+        self.restore(&Snapshot {
+            members: vec![(self.fixed.local.0, self.fixed.address, true)],
+            ..Snapshot::default()
+        })
     }
 
     /// Takes the cookies of hand-offs from the cluster keys: the first to send, the second accepted besides.

@@ -7,7 +7,7 @@ use phalanx_flow::decide::OUTCOMES;
 use phalanx_flow::{FlowEntry, FlowKey};
 
 /// Version of these layouts.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Plans that exist at once: the one in force and the one being written.
 pub const PLANS: u32 = 2;
@@ -220,6 +220,12 @@ pub struct CpuCounters {
     pub seen_ms: u64,
     /// A decision named what the plan has not, or a tail call failed: faults of ours.
     pub faults: u64,
+    /// Packets whose next hop the plan did not know, so that the kernel's routes were asked.
+    pub fib_lookups: u64,
+    /// Half-open flows that were put into their table, and that were taken out of it: what is missing was pushed out.
+    pub half_open_in: u64,
+    /// See `half_open_in`.
+    pub half_open_out: u64,
 }
 
 /// Reasons for a drop as the program knows them: the numbers of the loader's `Drop`, asserted there.
@@ -250,6 +256,8 @@ pub mod punt {
     pub const HOLD: u8 = 3;
     /// A ping that was handed off.
     pub const ECHO: u8 = 4;
+    /// Nobody knows the way yet: no route, or no neighbour.
+    pub const NO_NEXT_HOP: u8 = 5;
 }
 
 /// Bytes of a packet that is given to user space; longer ones are dropped and counted.
@@ -283,9 +291,41 @@ pub struct Punt {
     pub has_ports: u8,
     /// Ports of a fragment.
     pub ports: [[u8; 2]; 2],
+    /// Of a held fragment: whom its sender passed over; 0: nobody.
+    pub passed_over: u32,
     /// The frame.
     pub frame: [u8; PUNT_BYTES],
 }
+
+/// What `bpf_fib_lookup` is asked and answers: `struct bpf_fib_lookup` (`include/uapi/linux/bpf.h`).
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct FibLookup {
+    /// `AF_INET` or `AF_INET6`.
+    pub family: u8,
+    /// Protocol; it does not count here.
+    pub protocol: u8,
+    /// Ports; they do not count here.
+    pub ports: [u16; 2],
+    /// In: length of the packet; out: largest packet the path takes.
+    pub length_mtu: u16,
+    /// In: interface the packet came in on; out: the one to send on.
+    pub interface: u32,
+    /// In: type of service; out: the route's metric.
+    pub tos_metric: u32,
+    /// Source address; an IPv4 address in its first four bytes.
+    pub source: [u8; 16],
+    /// Destination address, likewise; out: the neighbour's.
+    pub destination: [u8; 16],
+    /// Out: VLAN.
+    pub vlan: u32,
+    /// Out: our MAC.
+    pub source_mac: [u8; 6],
+    /// Out: the neighbour's MAC.
+    pub destination_mac: [u8; 6],
+}
+
+const _: () = assert!(size_of::<FibLookup>() == 64);
 
 /// Where programs stand in the table of tail calls.
 pub mod stage {

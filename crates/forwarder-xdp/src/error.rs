@@ -18,9 +18,10 @@ pub enum StartError {
     /// There is no interface of that name.
     #[error("interfaces: there is no interface {0}")]
     NoInterface(String),
-    /// Another XDP program is attached; it is never replaced unasked. Detach it (`ip link set NAME xdp off`), or choose rawsock.
+    /// Another XDP program is attached; it is never replaced unasked. Detach it (`ip link set NAME xdp off`, or
+    /// `phalanx detach` if a dead daemon of another configuration left it), or choose rawsock.
     #[error(
-        "interfaces: {name} has another XDP program already ({other}); detach it or use another interface"
+        "interfaces: {name} has another XDP program already: {other}; detach it or use another interface"
     )]
     Occupied {
         /// The interface.
@@ -47,16 +48,27 @@ pub enum StartError {
         /// What is wrong.
         message: String,
     },
-    /// The kernel's verifier refused a program: a kernel older than 5.15, or a fault of ours.
-    #[error("the kernel refused the program {program} (Linux 5.15 or newer is needed): {message}")]
+    /// The kernel's verifier refused a program: a kernel older than 5.18, or a fault of ours.
+    #[error("the kernel refused the program {program} (Linux 5.18 or newer is needed): {message}")]
     Refused {
         /// Which one.
         program: &'static str,
         /// The verifier's last words.
         message: String,
     },
+    /// The kernel lacks something that the program needs.
+    #[error("this kernel is too old for XDP: it lacks {feature}, which Linux {since} and newer have")]
+    Kernel {
+        /// What is missing.
+        feature: &'static str,
+        /// The first version that has it.
+        since: &'static str,
+    },
+    /// Another daemon runs with these pins. One directory a member.
+    #[error("pin_dir: a running daemon uses {0}; stop it first, or give this member a directory of its own")]
+    PinsInUse(PathBuf),
     /// Nothing can be pinned there: it is no BPF file system.
-    #[error("pins cannot be made in {path}: {source}; mount -t bpf bpf /sys/fs/bpf")]
+    #[error("pin_dir: nothing can be pinned in {path}: {source}; mount one: mount -t bpf bpf /sys/fs/bpf")]
     Pin {
         /// The directory.
         path: PathBuf,

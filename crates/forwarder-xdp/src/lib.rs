@@ -15,15 +15,19 @@ pub mod abi;
 mod error;
 mod map;
 mod maps;
+mod note;
 pub mod object;
+mod occupant;
 mod pass;
 mod pins;
 mod punts;
+mod run;
 mod writer;
 
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -31,12 +35,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use aya::maps::{MapData, RingBuf};
-use aya::programs::{TestRun, TestRunOptions, Xdp};
-use phalanx_flow::{
-    BackendId, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, MemberSlot, Record,
-    Version, flow_hash,
-};
-use phalanx_forwarder::engine::{CompiledPlan, Engine, TableLimits};
+use phalanx_flow::{BackendId, FlowEntry, FlowEvent, FlowEventKind, FlowKey, MemberSlot, Record, flow_hash};
+use phalanx_forwarder::engine::entry::{entry_of, is_replaced, life, record_of};
+use phalanx_forwarder::engine::{Engine, TableLimits};
 use phalanx_forwarder::{
     Counters, Drop as Reason, Forwarder, InstallError, NextHops, Plan, RowSet, SendError, Upserted, rewrite,
 };
@@ -45,13 +46,12 @@ use abi::{Change, EVENT_ECHO, MAX_CHANGES, RawEvent, change, drops};
 pub use error::StartError;
 use maps::{Maps, now_ms};
 pub use pass::attach_pass;
-pub use pins::detach;
+pub use pins::{detach, usual_directory};
+use run::run;
 use writer::{Names, Writer};
 
 /// How often the tables are searched for entries whose time is over.
 const SCAN_EVERY_MS: u64 = 1_000;
-/// How long a flow is kept after its last packet when its service has gone from the configuration.
-const ORPHAN_LIFE: Duration = Duration::from_secs(60);
 /// Blocks of the table of slots beyond those of twice the services at the start: room for services that a reload adds.
 const SPARE_SLOT_BLOCKS: u32 = 8;
 /// A count of the flows is used for this long: counting a full table takes tenths of a second.
@@ -93,11 +93,34 @@ pub struct XdpForwarder {
     scan: Mutex<Scan>,
     counted: Mutex<Counted>,
     cpus: usize,
-    adopted: bool,
+    adopted: Option<Adopted>,
+    note: Option<note::Note>,
+    /// Where the daemon does not know a next hop yet, the one that was adopted counts for a while.
+    adopted_hops: AdoptedHops,
     stop: Arc<AtomicBool>,
     table_full: AtomicU64,
+    half_open_evicted: AtomicU64,
     punts: Mutex<Option<JoinHandle<()>>>,
     attached: Mutex<Option<pins::Attached>>,
+}
+
+/// What an earlier process left, and this one goes on with.
+#[derive(Clone, Debug)]
+pub struct Adopted {
+    /// What it remembered last ([`Forwarder::remember`]); empty if nothing.
+    pub note: Vec<u8>,
+    /// The backends that its flows may name.
+    pub backends: Vec<BackendId>,
+}
+
+/// How long an adopted next hop counts that the daemon has not found yet: neighbours answer within milliseconds.
+const ADOPTED_HOPS_MS: u64 = 2_000;
+
+#[derive(Debug)]
+struct AdoptedHops {
+    until_ms: u64,
+    /// Those that were not found have been written as unknown.
+    given_up: AtomicBool,
 }
 
 /// Where the search for entries whose time is over stands.
@@ -134,26 +157,55 @@ impl XdpForwarder {
         }
         let slot_blocks = plan.services.len() as u32 * 2 + SPARE_SLOT_BLOCKS;
         let engine = Arc::new(Engine::new(plan, config.limits)?);
-        let mut loaded = object::load(config, slot_blocks)?;
+        let claimed = config.pins.as_deref().map(pins::claim).transpose()?;
+        let (lock, linked) = claimed.map_or((None, false), |(lock, linked)| (Some(lock), linked));
+        let started = Self::start_with(config, engine, slot_blocks, lock);
+        if started.is_err()
+            && !linked
+            && let Some(pins) = &config.pins
+        {
+            // Nothing forwards by what was pinned.
+            let _ = pins::remove(pins);
+        }
+        started
+    }
+
+    fn start_with(
+        config: &Config,
+        engine: Arc<Engine>,
+        slot_blocks: u32,
+        lock: Option<pins::Lock>,
+    ) -> Result<Self, StartError> {
+        let mut loaded = object::load(config, slot_blocks, lock)?;
         let maps = Maps::open(&loaded.ebpf).map_err(|error| StartError::system("open maps", error))?;
-        let mut adopted = false;
+        let note = match &config.pins {
+            Some(pins) => Some(
+                note::Note::open(&pins::tables(pins))
+                    .map_err(|error| StartError::system("open the note", error))?,
+            ),
+            None => None,
+        };
+        let mut adopted = None;
         let (mut writer, mut names) = (Writer::new(&maps), Names::default());
         if loaded.adopted {
             let (old_writer, old_names, header) =
                 Writer::adopt(&maps).map_err(|error| StartError::system("adopt the tables", error))?;
             if header.seed == engine.plan().plan.seed.0 {
                 (writer, names) = (old_writer, old_names);
-                adopted = true;
+                adopted = Some(Adopted {
+                    note: note.as_ref().and_then(|note| note.read().ok()).unwrap_or_default(),
+                    backends: names.all().to_vec(),
+                });
             } else {
                 tracing::warn!("the pinned tables are of another hash seed: their flows are forgotten");
                 for table in [&maps.flows, &maps.half_open, &maps.cache] {
-                    clear(table);
+                    clear(&maps, table);
                 }
                 writer = old_writer;
             }
         }
-        if !adopted {
-            writer.write(&maps, &mut names, &engine.plan(), &engine.next_hops())?;
+        if adopted.is_none() {
+            writer.write(&maps, &mut names, &engine.plan(), &engine.next_hops(), false)?;
         }
         let events = maps::ring(&mut loaded.ebpf, "EVENTS")
             .map_err(|error| StartError::system("open events", error))?;
@@ -163,8 +215,14 @@ impl XdpForwarder {
         let maps = Arc::new(maps);
         let names = Arc::new(RwLock::new(names));
         let stop = Arc::new(AtomicBool::new(false));
+        let entry = attached
+            .program(abi::ENTRY)
+            .and_then(|entry| entry.fd().map_err(io::Error::other)?.as_fd().try_clone_to_owned())
+            .map_err(|error| StartError::system("open the program", error))?;
         let worker = punts::Worker {
             ring: punts,
+            entry,
+            maps: Arc::clone(&maps),
             engine: Arc::clone(&engine),
             names: Arc::clone(&names),
             stop: Arc::clone(&stop),
@@ -183,35 +241,43 @@ impl XdpForwarder {
             scan: Mutex::default(),
             counted: Mutex::default(),
             cpus: aya::util::nr_cpus().map_err(|(_, error)| StartError::system("count CPUs", error))?,
+            adopted_hops: AdoptedHops {
+                until_ms: adopted.as_ref().map_or(0, |_| now_ms() + ADOPTED_HOPS_MS),
+                given_up: AtomicBool::new(adopted.is_none()),
+            },
             adopted,
+            note,
             stop,
             table_full: AtomicU64::new(0),
+            half_open_evicted: AtomicU64::new(0),
             punts: Mutex::new(Some(punts)),
             attached: Mutex::new(Some(attached)),
         })
     }
 
-    /// Whether flows and plan of an earlier process were adopted.
-    pub fn adopted(&self) -> bool {
-        self.adopted
+    /// What was adopted of an earlier process; its plan stays in force until the first [`Forwarder::install`].
+    pub fn adopted(&self) -> Option<&Adopted> {
+        self.adopted.as_ref()
     }
 
     /// The program that is attached, for `BPF_PROG_TEST_RUN`: what it returns for a frame, and the frame then.
     pub fn test_run(&self, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
         let attached = lock(&self.attached);
         let Some(attached) = attached.as_ref() else { return Err(io::ErrorKind::NotConnected.into()) };
-        run(attached.program(abi::ENTRY)?, frame)
+        run(attached.program(abi::ENTRY)?.fd().map_err(io::Error::other)?.as_fd(), frame)
     }
 
-    /// Ends this handle and leaves programs and tables as they are; only of use with pins.
-    pub fn leave_attached(self) {
-        if let Some(attached) = lock(&self.attached).take() {
-            attached.keep();
-        }
+    /// Lets go of the programs, and leaves those that are pinned as they are, with their tables.
+    pub fn leave_attached(&self) {
+        self.end(pins::Attached::keep);
     }
 
     /// Detaches the programs and forgets the tables. Again does nothing.
     pub fn shutdown(&self) {
+        self.end(pins::Attached::remove);
+    }
+
+    fn end(&self, how: fn(pins::Attached)) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = lock(&self.punts).take()
             && thread.join().is_err()
@@ -219,14 +285,15 @@ impl XdpForwarder {
             tracing::error!("the thread for packets from the kernel had panicked");
         }
         if let Some(attached) = lock(&self.attached).take() {
-            attached.remove();
+            how(attached);
         }
     }
 
     fn write(&self) -> Result<(), InstallError> {
         let mut writer = lock(&self.writer);
         let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
-        writer.write(&self.maps, &mut names, &self.engine.plan(), &self.engine.next_hops())
+        let keep = now_ms() < self.adopted_hops.until_ms;
+        writer.write(&self.maps, &mut names, &self.engine.plan(), &self.engine.next_hops(), keep)
     }
 
     /// Has the kernel make changes of flows; which of them were made.
@@ -241,7 +308,9 @@ impl XdpForwarder {
                 bytes.extend_from_slice(&change.to_bytes());
             }
             let answer = match &apply {
-                Ok(program) => run(program, &bytes),
+                Ok(program) => {
+                    program.fd().map_err(io::Error::other).and_then(|program| run(program.as_fd(), &bytes))
+                }
                 Err(error) => Err(error.kind().into()),
             };
             match answer {
@@ -258,15 +327,7 @@ impl XdpForwarder {
     }
 
     fn record(&self, names: &Names, key: &FlowKey, entry: &FlowEntry, now_ms: u64) -> Option<Record> {
-        Some(Record {
-            key: *key,
-            backend: names.name(entry.backend)?,
-            birth: entry.birth,
-            update: entry.update,
-            state: entry.flow_state(),
-            flags: entry.flags,
-            idle_ms: u32::try_from(now_ms.saturating_sub(entry.last_seen_ms)).unwrap_or(u32::MAX),
-        })
+        Some(record_of(key, entry, names.name(entry.backend)?, now_ms))
     }
 
     fn upsert_one(&self, names: &Names, record: &Record, now_ms: u64) -> Upserted {
@@ -274,7 +335,7 @@ impl XdpForwarder {
         let mut entry = entry_of(record, backend, now_ms);
         let known = self.maps.entry(&record.key);
         if let Some((current, _)) = &known {
-            if !is_replaced(names, current, record) {
+            if !is_replaced(current, names.name(current.backend), record) {
                 return Upserted::Stale;
             }
             entry.last_seen_ms = entry.last_seen_ms.max(current.last_seen_ms);
@@ -301,7 +362,10 @@ impl XdpForwarder {
         let cached = scan.table == 2;
         let mut over = Vec::new();
         let next = table.batch(scan.cursor, &mut |key, entry| {
-            let life = life(&plan, key, entry, cached);
+            let life = match cached {
+                true => plan.service_of(key).map_or(Duration::ZERO, |service| service.idle),
+                false => life(&plan, key, entry),
+            };
             if now_ms.saturating_sub(entry.last_seen_ms) > life.as_millis() as u64 {
                 over.push((*key, *entry));
             }
@@ -312,7 +376,7 @@ impl XdpForwarder {
             } else if let Some(record) = self.record(&names, &key, &entry, now_ms) {
                 events.push(FlowEvent { kind: FlowEventKind::Expired, at_once: false, record });
             } else {
-                let _ = table.delete(&key);
+                self.maps.delete(table, &key);
             }
         }
         scan.cursor = next.unwrap_or(None);
@@ -354,60 +418,12 @@ impl Drop for XdpForwarder {
     }
 }
 
-fn clear(table: &map::Map<FlowKey, FlowEntry>) {
+fn clear(maps: &Maps, table: &map::Map<FlowKey, FlowEntry>) {
     let mut keys = Vec::new();
     let _ = table.each(&mut |key, _| keys.push(*key));
     for key in keys {
-        let _ = table.delete(&key);
+        maps.delete(table, &key);
     }
-}
-
-/// Runs a program once over `bytes`.
-fn run(program: &Xdp, bytes: &[u8]) -> io::Result<(u32, Vec<u8>)> {
-    let mut out = vec![0; bytes.len() + 512];
-    let mut options = TestRunOptions::new();
-    options.data_in = Some(bytes);
-    options.data_out = Some(&mut out);
-    let result = program.test_run(options).map_err(io::Error::other)?;
-    out.truncate(result.data_size_out as usize);
-    Ok((result.return_value, out))
-}
-
-fn life(plan: &CompiledPlan, key: &FlowKey, entry: &FlowEntry, cached: bool) -> Duration {
-    plan.service_of(key).map_or(ORPHAN_LIFE, |service| match entry.flow_state() {
-        _ if cached => service.idle,
-        FlowState::HalfOpen => service.half_open,
-        FlowState::Established => service.idle,
-        FlowState::Closing => service.linger,
-        FlowState::Reset => service.reset_linger,
-    })
-}
-
-fn entry_of(record: &Record, backend: phalanx_flow::BackendIndex, now_ms: u64) -> FlowEntry {
-    let seen_ms = now_ms.saturating_sub(u64::from(record.idle_ms));
-    FlowEntry {
-        birth: record.birth,
-        last_seen_ms: seen_ms,
-        last_reported_ms: seen_ms,
-        update: record.update,
-        backend,
-        state: record.state as u8,
-        flags: record.flags.with(FlowFlags::PROTECTED, false),
-        reserved: [0; 6],
-    }
-}
-
-fn is_replaced(names: &Names, current: &FlowEntry, record: &Record) -> bool {
-    let version = Version {
-        recovered: current.flags.has(FlowFlags::RECOVERED),
-        live: current.flow_state().is_live(),
-        birth: current.birth,
-        update: current.update,
-    };
-    let backends = names
-        .name(current.backend)
-        .map_or(std::cmp::Ordering::Greater, |backend| backend.cmp(&record.backend));
-    version.is_replaced_by(record.version(), backends)
 }
 
 impl Forwarder for XdpForwarder {
@@ -420,7 +436,9 @@ impl Forwarder for XdpForwarder {
     }
 
     fn set_next_hops(&self, next_hops: NextHops) {
-        if *self.engine.next_hops() == next_hops {
+        let hops = &self.adopted_hops;
+        let over = now_ms() >= hops.until_ms && !hops.given_up.swap(true, Ordering::Relaxed);
+        if !over && *self.engine.next_hops() == next_hops {
             return;
         }
         self.engine.set_next_hops(next_hops);
@@ -433,6 +451,14 @@ impl Forwarder for XdpForwarder {
         let until_ms = if term.is_zero() { 0 } else { now_ms() + term.as_millis() as u64 };
         if let Err(error) = self.maps.lease.put(&0, &until_ms) {
             tracing::error!(%error, "the lease was not renewed");
+        }
+    }
+
+    fn remember(&self, note: &[u8]) {
+        if let Some(kept) = &self.note
+            && let Err(error) = kept.write(note)
+        {
+            tracing::error!(%error, "a restart will not go on with these flows");
         }
     }
 
@@ -479,7 +505,7 @@ impl Forwarder for XdpForwarder {
                 continue;
             }
             let current = self.maps.cache.get(&record.key).ok().flatten();
-            if current.is_none_or(|current| is_replaced(&names, &current, record)) {
+            if current.is_none_or(|current| is_replaced(&current, names.name(current.backend), record)) {
                 let _ = self.maps.cache.put(&record.key, &entry_of(record, backend, now_ms));
             }
         }
@@ -577,6 +603,8 @@ impl Forwarder for XdpForwarder {
 
     fn counters(&self) -> Counters {
         let mut counters = self.engine.read_counters();
+        // What went in and neither came out nor is there was pushed out.
+        let mut half_open = self.maps.half_open_balance.load(Ordering::Relaxed);
         for cpu in self.maps.counters.per_cpu(self.cpus).unwrap_or_default() {
             for (sum, value) in counters.outcomes.iter_mut().zip(cpu.outcomes) {
                 *sum += value;
@@ -587,6 +615,9 @@ impl Forwarder for XdpForwarder {
             counters.handoffs_in += cpu.handoffs_in;
             counters.table_full += cpu.table_full;
             counters.events_lost += cpu.events_lost;
+            counters.fib_lookups += cpu.fib_lookups;
+            counters.punted += cpu.punted;
+            half_open += cpu.half_open_in.cast_signed() - cpu.half_open_out.cast_signed();
             counters.drops[Reason::RingFull as usize] += cpu.punts_lost;
             counters.drops[Reason::Transmit as usize] += cpu.faults;
         }
@@ -595,6 +626,10 @@ impl Forwarder for XdpForwarder {
         counters.flows = counted.flows;
         counters.half_open = counted.half_open;
         counters.cached = counted.cached;
+        // Counting takes time, in which flows come and go: so it is never taken back.
+        let evicted = (half_open - counted.half_open.cast_signed()).max(0).cast_unsigned();
+        counters.half_open_evicted =
+            self.half_open_evicted.fetch_max(evicted, Ordering::Relaxed).max(evicted);
         counters
     }
 }

@@ -1,9 +1,10 @@
 //! Maps by `bpf(2)`: single elements, and batches, which `aya` has not.
 
+use std::ffi::CStr;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use aya::maps::{Map as AyaMap, MapData};
 use phalanx_flow::{FlowEntry, FlowKey, Row};
@@ -11,6 +12,11 @@ use phalanx_flow::{FlowEntry, FlowKey, Row};
 use crate::abi::{Backend, CpuCounters, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue};
 
 /// Commands of `bpf(2)` (`include/uapi/linux/bpf.h`).
+const MAP_CREATE: libc::c_int = 0;
+const OBJ_PIN: libc::c_int = 6;
+const OBJ_GET: libc::c_int = 7;
+/// `BPF_MAP_TYPE_ARRAY`.
+const ARRAY: u32 = 2;
 const LOOKUP: libc::c_int = 1;
 const UPDATE: libc::c_int = 2;
 const DELETE: libc::c_int = 3;
@@ -71,11 +77,47 @@ pub(crate) struct Map<K, V> {
     types: PhantomData<fn() -> (K, V)>,
 }
 
-fn bpf<T>(command: libc::c_int, attribute: &mut T) -> io::Result<()> {
+/// A command that returns nothing.
+pub(crate) fn bpf<T>(command: libc::c_int, attribute: &mut T) -> io::Result<()> {
+    call(command, attribute).map(drop)
+}
+
+fn call<T>(command: libc::c_int, attribute: &mut T) -> io::Result<RawFd> {
     // SAFETY: the attribute lives through the call, and what it points to is the callers' to answer for.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attribute), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as RawFd) }
+}
+
+/// A command that returns a descriptor.
+pub(crate) fn open<T>(command: libc::c_int, attribute: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel made the descriptor for us.
+    call(command, attribute).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Makes an array.
+pub(crate) fn create_array(key_size: u32, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
+    let mut attribute = [ARRAY, key_size, value_size, entries, 0];
+    open(MAP_CREATE, &mut attribute)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ObjectAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+/// Opens what is pinned at a path.
+pub(crate) fn open_pin(path: &CStr) -> io::Result<OwnedFd> {
+    open(OBJ_GET, &mut ObjectAttr { path: address(path.as_ptr()), ..ObjectAttr::default() })
+}
+
+/// Pins a map.
+pub(crate) fn pin(fd: &OwnedFd, path: &CStr) -> io::Result<()> {
+    let fd = fd.as_raw_fd().cast_unsigned();
+    bpf(OBJ_PIN, &mut ObjectAttr { path: address(path.as_ptr()), fd, flags: 0 })
 }
 
 fn address<T>(pointer: *const T) -> u64 {
@@ -103,6 +145,28 @@ impl<K: Plain, V: Plain> Map<K, V> {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "keys or values of another size"));
         }
         Ok(Self { fd: map.fd().as_fd().try_clone_to_owned()?, types: PhantomData })
+    }
+
+    /// A map whose key and value the caller knows to have the sizes of `K` and `V`.
+    pub(crate) fn from_fd(fd: OwnedFd) -> Self {
+        Self { fd, types: PhantomData }
+    }
+
+    /// The same as [`Self::get`] for a value that is too large for the stack.
+    pub(crate) fn get_boxed(&self, key: &K) -> io::Result<Option<Box<V>>> {
+        let mut value = Box::<V>::new_uninit();
+        let mut attribute = ElementAttr {
+            map: self.number(),
+            key: address(key),
+            value: address(value.as_mut_ptr()),
+            ..ElementAttr::default()
+        };
+        match bpf(LOOKUP, &mut attribute) {
+            // SAFETY: the kernel wrote the whole value.
+            Ok(()) => Ok(Some(unsafe { value.assume_init() })),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     fn number(&self) -> u32 {

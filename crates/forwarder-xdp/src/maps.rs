@@ -1,12 +1,13 @@
 //! The program's maps, opened, and what of them user space computes.
 
 use std::io;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
 use phalanx_flow::{FlowEntry, FlowKey, FlowState, Row};
 
-use crate::abi::{Backend, CpuCounters, Header, Member, MemberKey, ServiceKey, ServiceValue};
+use crate::abi::{Backend, CpuCounters, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue};
 use crate::map::{Map, data};
 
 /// The maps that a restart of the daemon adopts; `STAGES` and `WORK` belong to one load: what stages tell each other has the layout
@@ -43,7 +44,10 @@ pub(crate) struct Maps {
     pub(crate) flows: Map<FlowKey, FlowEntry>,
     pub(crate) half_open: Map<FlowKey, FlowEntry>,
     pub(crate) cache: Map<FlowKey, FlowEntry>,
+    pub(crate) fragments: Map<FlowKey, Ports>,
     pub(crate) counters: Map<u32, CpuCounters>,
+    /// Half-open flows that we put in less those that we took out; what the program did is in its counters.
+    pub(crate) half_open_balance: AtomicI64,
     /// Blocks of the table of slots.
     pub(crate) slot_blocks: u32,
 }
@@ -72,7 +76,9 @@ impl Maps {
             flows: Map::new(map("FLOWS")?)?,
             half_open: Map::new(map("HALF_OPEN")?)?,
             cache: Map::new(map("CACHE")?)?,
+            fragments: Map::new(map("FRAGMENTS")?)?,
             counters: Map::new(map("COUNTERS")?)?,
+            half_open_balance: AtomicI64::new(0),
             slot_blocks,
         })
     }
@@ -93,10 +99,23 @@ impl Maps {
         if to.put(key, entry).is_err() {
             return false;
         }
+        let new = known != Some(!half_open);
+        if half_open && new {
+            self.half_open_balance.fetch_add(1, Ordering::Relaxed);
+        }
         if known == Some(half_open) {
-            let _ = from.delete(key);
+            self.delete(from, key);
         }
         true
+    }
+
+    /// Deletes an entry of one of the three tables of flows.
+    pub(crate) fn delete(&self, table: &Map<FlowKey, FlowEntry>, key: &FlowKey) {
+        if table.delete(key).is_ok_and(|was_there| was_there)
+            && std::ptr::eq(table, &raw const self.half_open)
+        {
+            self.half_open_balance.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 

@@ -5,7 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{MapData, ProgramArray};
-use aya::programs::{ProgramError, Xdp};
+use aya::programs::{ProgramError, ProgramType, Xdp};
+use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use phalanx_flow::siphash::siphash;
 
@@ -62,10 +63,47 @@ pub(crate) struct Loaded {
     pub(crate) stages: ProgramArray<MapData>,
     /// The maps were pinned by an earlier process.
     pub(crate) adopted: bool,
+    /// On the directory of pins.
+    pub(crate) lock: Option<pins::Lock>,
+}
+
+/// What the program needs of the kernel, with the first version that has it. Everything else it uses is older.
+const NEEDED: [(&str, BpfHelper, &str); 3] = [
+    ("BPF ring buffers", BpfHelper::BPF_FUNC_ringbuf_reserve, "5.8"),
+    ("the helper bpf_ktime_get_coarse_ns", BpfHelper::BPF_FUNC_ktime_get_coarse_ns, "5.11"),
+    ("the helper bpf_xdp_load_bytes", BpfHelper::BPF_FUNC_xdp_load_bytes, "5.18"),
+];
+
+/// Says what a kernel lacks that supports these helpers.
+fn check_kernel(supports: impl Fn(BpfHelper) -> Result<bool, ProgramError>) -> Result<(), StartError> {
+    for (feature, helper, since) in NEEDED {
+        match supports(helper) {
+            Ok(true) => {}
+            Ok(false) => return Err(StartError::Kernel { feature, since }),
+            Err(error) => {
+                let message = chain(&error);
+                return Err(if is_permission(&message) {
+                    StartError::Permission(message)
+                } else {
+                    StartError::system("ask the kernel what it can do", io::Error::other(message))
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_permission(message: &str) -> bool {
+    message.contains("Operation not permitted") || message.contains("Permission denied")
 }
 
 /// Loads the object with tables of the sizes that the configuration names, or by those that are pinned.
-pub(crate) fn load(config: &Config, slot_blocks: u32) -> Result<Loaded, StartError> {
+pub(crate) fn load(
+    config: &Config,
+    slot_blocks: u32,
+    lock: Option<pins::Lock>,
+) -> Result<Loaded, StartError> {
+    check_kernel(|helper| is_helper_supported(ProgramType::Xdp, helper))?;
     let (bytes, path): (Cow<'_, [u8]>, String) = match &config.object {
         None => (Cow::Borrowed(OBJECT), "that is compiled in".to_owned()),
         Some(path) => {
@@ -105,7 +143,7 @@ pub(crate) fn load(config: &Config, slot_blocks: u32) -> Result<Loaded, StartErr
     }
     let mut ebpf = loader.load(&bytes).map_err(|error| {
         let message = chain(&error);
-        if message.contains("Operation not permitted") || message.contains("Permission denied") {
+        if is_permission(&message) {
             StartError::Permission(message)
         } else {
             StartError::Object { path: path.clone(), message }
@@ -126,7 +164,7 @@ pub(crate) fn load(config: &Config, slot_blocks: u32) -> Result<Loaded, StartErr
     for name in [ENTRY, APPLY] {
         load_program(program(&mut ebpf, name, &path)?, name)?;
     }
-    Ok(Loaded { ebpf, stages, adopted })
+    Ok(Loaded { ebpf, stages, adopted, lock })
 }
 
 fn program<'e>(ebpf: &'e mut Ebpf, name: &'static str, path: &str) -> Result<&'e mut Xdp, StartError> {
@@ -168,4 +206,21 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_told_by_the_feature_it_lacks_and_who_has_it() {
+        let lacks = |missing: BpfHelper| {
+            check_kernel(|helper| Ok(helper as u32 != missing as u32)).map_err(|error| error.to_string())
+        };
+        for (feature, helper, since) in NEEDED {
+            let sentence = lacks(helper).unwrap_err();
+            assert!(sentence.contains(feature) && sentence.contains(since), "{sentence}");
+        }
+        assert_eq!(lacks(BpfHelper::BPF_FUNC_trace_printk), Ok(()), "which we do not need");
+    }
 }

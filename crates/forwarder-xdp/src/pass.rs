@@ -1,7 +1,9 @@
 //! A program that passes everything, for the other end of a veth pair.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use crate::map::open as bpf;
 
 /// Commands of `bpf(2)`, and what they are told here (`include/uapi/linux/bpf.h`).
 const PROG_LOAD: libc::c_int = 5;
@@ -52,14 +54,4 @@ pub fn attach_pass(interface: u32) -> io::Result<OwnedFd> {
         flags: DRIVER_MODE,
     };
     bpf(LINK_CREATE, &mut link)
-}
-
-fn bpf<T>(command: libc::c_int, attribute: &mut T) -> io::Result<OwnedFd> {
-    // SAFETY: the attribute and what it points to live through the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attribute), size_of::<T>()) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: both commands return a new descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }

@@ -37,6 +37,11 @@ impl Names {
         self.by_name.get(name).copied().map(BackendIndex)
     }
 
+    /// All of them, by their numbers.
+    pub(crate) fn all(&self) -> &[BackendId] {
+        &self.by_number
+    }
+
     fn add(&mut self, name: BackendId) -> Option<u32> {
         if let Some(number) = self.by_name.get(&name) {
             return Some(*number);
@@ -122,13 +127,14 @@ impl Writer {
         Ok((writer, names, header))
     }
 
-    /// Writes a plan and switches to it.
+    /// Writes a plan and switches to it. With `keep_hops` a next hop that is not known stays what it was.
     pub(crate) fn write(
         &mut self,
         maps: &Maps,
         names: &mut Names,
         compiled: &CompiledPlan,
         next_hops: &NextHops,
+        keep_hops: bool,
     ) -> Result<(), InstallError> {
         let plan = &compiled.plan;
         let next = self.active ^ 1;
@@ -139,8 +145,8 @@ impl Writer {
             Some(previous) => self.rows_block(maps, previous, &[rows])?,
             None => NO_BLOCK,
         };
-        let numbers = self.write_backends(maps, names, plan, next_hops, next)?;
-        self.write_members(maps, plan, next_hops, next)?;
+        let numbers = self.write_backends(maps, names, plan, next_hops, next, keep_hops)?;
+        self.write_members(maps, plan, next_hops, next, keep_hops)?;
         let blocks = self.write_services(maps, plan, &numbers, next)?;
 
         let (local_address, local_family) = compiled.local_address();
@@ -192,6 +198,7 @@ impl Writer {
         plan: &Plan,
         next_hops: &NextHops,
         next: u32,
+        keep_hops: bool,
     ) -> Result<Vec<u32>, InstallError> {
         // What the plan does not name keeps what it had: flows may still go there.
         let known = names.by_number.len() as u32;
@@ -208,10 +215,17 @@ impl Writer {
                     "more than {MAX_BACKENDS} backends since the tables were made; they need a restart without them"
                 )));
             };
+            let mut hop = hop(next_hops.backends.get(index).copied().flatten());
+            if hop.interface == 0
+                && keep_hops
+                && let Some(old) = table.get(number as usize)
+            {
+                hop = old.hop;
+            }
             let written = Backend {
                 address: backend.id.address,
                 source: octets(backend.source).0,
-                hop: hop(next_hops.backends.get(index).copied().flatten()),
+                hop,
                 port_be: backend.id.port,
                 method: backend.id.method,
                 family: backend.id.family,
@@ -233,6 +247,7 @@ impl Writer {
         plan: &Plan,
         next_hops: &NextHops,
         next: u32,
+        keep_hops: bool,
     ) -> Result<(), InstallError> {
         if plan.members.len() > MAX_MEMBERS as usize {
             return Err(InstallError::Inconsistent(format!("more than {MAX_MEMBERS} members")));
@@ -243,10 +258,14 @@ impl Writer {
         let mut table = Vec::with_capacity(plan.members.len() + 1);
         for (slot, member) in plan.members.iter().enumerate() {
             let (address, family) = octets(member.address);
+            let mut hop = hop(next_hops.members.get(slot).copied().flatten());
+            if hop.interface == 0 && keep_hops {
+                hop = self.old_hop(maps, member.id.0, &address).map_err(refused("MEMBERS"))?;
+            }
             table.push(Member {
                 address,
                 id: member.id.0,
-                hop: hop(next_hops.members.get(slot).copied().flatten()),
+                hop,
                 liveness: member.liveness as u8,
                 family,
                 reserved: [0; 2],
@@ -261,6 +280,15 @@ impl Writer {
         }
         let keys: Vec<u32> = (next * MAX_MEMBERS..).take(table.len()).collect();
         maps.members.put_all(&keys, &table).map_err(refused("MEMBERS"))
+    }
+
+    /// The next hop that a member has in the plan in force.
+    fn old_hop(&self, maps: &Maps, id: u32, address: &[u8; 16]) -> io::Result<Hop> {
+        let Some(slot) = maps.member_slots.get(&MemberKey { id, plan: self.active })? else {
+            return Ok(Hop::default());
+        };
+        let old = maps.members.get(&(self.active * MAX_MEMBERS + slot))?;
+        Ok(old.filter(|old| old.address == *address).map(|old| old.hop).unwrap_or_default())
     }
 
     /// Writes the services and those of their tables that are new; returns the blocks in use.

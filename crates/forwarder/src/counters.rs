@@ -127,6 +127,10 @@ pub struct Counters {
     pub segmented: u64,
     /// Outer packets sent in fragments.
     pub fragmented: u64,
+    /// Packets whose next hop was not known, so that the kernel's routes were asked for each of them.
+    pub fib_lookups: u64,
+    /// Packets that a program in the kernel left to the daemon: too big, out of time, held fragments, without a next hop.
+    pub punted: u64,
     /// Flows in the flow table, half-open ones not counted. A gauge.
     pub flows: u64,
     /// Half-open flows. A gauge.

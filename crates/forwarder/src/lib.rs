@@ -100,7 +100,7 @@ impl RowSet {
 
 /// Something that carries packets as a plan says.
 ///
-/// - Commands: [`install`](Self::install), [`set_next_hops`](Self::set_next_hops), [`renew_lease`](Self::renew_lease), then the flow
+/// - Commands: [`install`](Self::install), [`set_next_hops`](Self::set_next_hops), [`renew_lease`](Self::renew_lease), [`remember`](Self::remember), then the flow
 ///   table's [`upsert`](Self::upsert), [`remove`](Self::remove), [`stamp`](Self::stamp), [`protect`](Self::protect),
 ///   [`touch`](Self::touch), and the cache's.
 /// - Queries: [`get`](Self::get), [`visit`](Self::visit), [`counters`](Self::counters).
@@ -116,6 +116,10 @@ pub trait Forwarder: Send + Sync {
 
     /// Lets the local member own flows for `term` from now; zero ends the lease at once.
     fn renew_lease(&self, term: Duration);
+
+    /// Keeps bytes whose meaning is the daemon's for as long as the flow table lives, in place of those before.
+    /// Without effect where the table ends with the process.
+    fn remember(&self, _note: &[u8]) {}
 
     /// Puts records from other members or from the daemon into the flow table, each unless the table has a newer one.
     /// One answer a record, in order.

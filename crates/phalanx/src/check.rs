@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, socket};
 
 use crate::cli::refuse;
-use crate::config::{Config, ScoringKind};
+use crate::config::{Config, ForwarderKind, ScoringKind};
 use crate::path_mtu;
 
 /// MTU between members that carries a client's 1,500 bytes and the hand-off's headers (design §4), in bytes.
@@ -91,7 +91,7 @@ pub fn warnings(config: &Config) -> Vec<String> {
 /// What the machine lacks to run the configuration.
 fn machine_warnings(config: &Config) -> Vec<String> {
     let mut out = Vec::new();
-    if let Err(sentence) = raw_socket_permission() {
+    if let Err(sentence) = permission(config) {
         out.push(format!("forwarder.kind: {sentence}"));
     }
     for name in &config.forwarder.interfaces {
@@ -137,6 +137,37 @@ fn mtu_warning(name: &str, mtu: u32, fragments: bool) -> Option<String> {
              members and between them"
         )
     })
+}
+
+/// Whether this process may do what its forwarder needs; if not, one sentence that says what to do.
+pub(crate) fn permission(config: &Config) -> Result<(), String> {
+    if config.forwarder.kind == ForwarderKind::Xdp {
+        xdp_permission()?;
+    }
+    raw_socket_permission()
+}
+
+/// Numbers of capabilities (`include/uapi/linux/capability.h`). CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.
+const CAP_NET_ADMIN: u32 = 12;
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_PERFMON: u32 = 38;
+const CAP_BPF: u32 = 39;
+
+fn xdp_permission() -> Result<(), String> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    // Without /proc nobody knows, and the kernel will say.
+    let Some(effective) = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()) else {
+        return Ok(());
+    };
+    let has = |capability: u32| effective & (1 << capability) != 0;
+    let bpf = has(CAP_SYS_ADMIN) || has(CAP_BPF) && has(CAP_PERFMON);
+    if bpf && has(CAP_NET_ADMIN) {
+        return Ok(());
+    }
+    Err("no permission for XDP: run as root, or give the process CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and \
+         CAP_NET_RAW; or choose kind = \"rawsock\""
+        .to_owned())
 }
 
 /// Whether this process may open raw sockets; if not, one sentence that says what to do.

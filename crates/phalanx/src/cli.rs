@@ -30,6 +30,18 @@ pub enum Command {
         /// The configuration file.
         #[arg(long, value_name = "FILE", default_value = "/etc/phalanx/phalanx.toml")]
         config: PathBuf,
+        /// With forwarder.kind xdp: load this object, whatever forwarder.bpf_object says.
+        #[arg(long, value_name = "PATH")]
+        bpf_object: Option<PathBuf>,
+    },
+    /// Remove the XDP programs and tables that a dead daemon left pinned. Refused while it runs.
+    Detach {
+        /// The daemon's configuration file.
+        #[arg(long, value_name = "FILE", default_value = "/etc/phalanx/phalanx.toml")]
+        config: PathBuf,
+        /// The directory of pins, instead of that of a configuration.
+        #[arg(long, value_name = "DIR", conflicts_with = "config")]
+        pin_dir: Option<PathBuf>,
     },
     /// Check a configuration file: say every error with its line, then the warnings.
     Check {
@@ -83,7 +95,8 @@ pub struct Query {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.command {
-        Command::Run { config } => run(&config),
+        Command::Run { config, bpf_object } => run(&config, bpf_object),
+        Command::Detach { config, pin_dir } => detach(&config, pin_dir),
         Command::Check { file } => check::check(&file),
         Command::Keygen { file } => keygen(&file),
         Command::Members(Query { admin, json }) => {
@@ -105,14 +118,17 @@ pub fn main() -> ExitCode {
 }
 
 /// Starts the daemon. A configuration with mistakes, or a machine that does not allow raw sockets, ends it at once with status 2.
-fn run(file: &Path) -> ExitCode {
-    let config = match Config::load(file) {
+fn run(file: &Path, bpf_object: Option<PathBuf>) -> ExitCode {
+    let mut config = match Config::load(file) {
         Ok(config) => config,
         Err(errors) => return refuse(&errors),
     };
-    if let Err(sentence) = check::raw_socket_permission() {
+    if let Err(sentence) = check::permission(&config) {
         eprintln!("{}: forwarder.kind: {sentence}", file.display());
         return ExitCode::from(EXIT_USAGE);
+    }
+    if bpf_object.is_some() {
+        config.forwarder.bpf_object = bpf_object;
     }
     logging::start(&config.log);
     match daemon::run(config) {
@@ -126,6 +142,35 @@ fn run(file: &Path) -> ExitCode {
             ExitCode::from(EXIT_USAGE)
         }
     }
+}
+
+/// Removes what a dead daemon left pinned.
+fn detach(file: &Path, pin_dir: Option<PathBuf>) -> ExitCode {
+    let directory = match pin_dir {
+        Some(directory) => Some(directory),
+        None => match Config::load(file) {
+            Ok(config) => daemon::pin_directory(&config),
+            Err(errors) => return refuse(&errors),
+        },
+    };
+    let Some(directory) = directory else {
+        println!("nothing to detach: this configuration pins nothing");
+        return ExitCode::SUCCESS;
+    };
+    let shown = directory.display();
+    match daemon::detach(&directory) {
+        Ok(true) => println!("detached: programs and tables of {shown} are gone"),
+        Ok(false) => println!("nothing to detach: {shown} is not there"),
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            eprintln!("phalanx: {shown}: its daemon runs: stop it first (SIGTERM), which detaches by itself");
+            return ExitCode::from(EXIT_USAGE);
+        }
+        Err(error) => {
+            eprintln!("phalanx: {shown}: {error}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 fn keygen(file: &Path) -> ExitCode {

@@ -8,6 +8,7 @@ use phalanx_flow::{FlowEntry, FlowFlags, FlowKey};
 use crate::abi::{Change, MAX_CHANGES, change};
 use crate::frame::XdpFrame;
 use crate::maps::{FLOWS, HALF_OPEN};
+use crate::stages::counters;
 
 /// Run by `BPF_PROG_TEST_RUN` over up to [`MAX_CHANGES`] [`Change`]s. Each one's `what` becomes 1 if it was made, else 0.
 #[xdp]
@@ -72,5 +73,12 @@ fn apply(change: &Change) -> bool {
 
 #[inline(always)]
 fn remove(key: &FlowKey, established: bool) -> bool {
-    if established { FLOWS.remove(key).is_ok() } else { HALF_OPEN.remove(key).is_ok() }
+    if established {
+        return FLOWS.remove(key).is_ok();
+    }
+    let removed = HALF_OPEN.remove(key).is_ok();
+    if removed && let Some(counters) = counters() {
+        counters.half_open_out = counters.half_open_out.wrapping_add(1);
+    }
+    removed
 }

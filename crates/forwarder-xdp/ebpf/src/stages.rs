@@ -3,6 +3,7 @@
 use core::arch::asm;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX};
+use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use aya_ebpf::helpers::{bpf_redirect, bpf_xdp_load_bytes};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
@@ -15,7 +16,7 @@ use phalanx_flow::packet::{Fragment, Frame, Link, Packet, PacketKind, Reader, pa
 use phalanx_flow::{Arrival, FlowEntry, FlowKey, FlowState, MemberId, MemberSlot, Method, Verdict};
 
 use crate::abi::{
-    Backend, CpuCounters, DROP_REASONS, EVENT_ECHO, FRAGMENT_LIFE_MS, Header, Hop, MAX_BACKENDS, MAX_MEMBERS,
+    Backend, CpuCounters, DROP_REASONS, EVENT_ECHO, FRAGMENT_LIFE_MS, FibLookup, Header, Hop, MAX_BACKENDS, MAX_MEMBERS,
     Member, OUTCOME_COUNTERS, PUNT_BYTES, Ports, Punt, RawEvent, drops, punt, stage,
 };
 use crate::frame::XdpFrame;
@@ -31,7 +32,7 @@ const ANY: u64 = 0;
 const NO_WAKEUP: u64 = 1;
 
 #[inline(always)]
-fn counters() -> Option<&'static mut CpuCounters> {
+pub(crate) fn counters() -> Option<&'static mut CpuCounters> {
     // SAFETY: each CPU has its own, and XDP runs to its end where it began.
     COUNTERS.get_ptr_mut(0).map(|counters| unsafe { &mut *counters })
 }
@@ -282,11 +283,16 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View) {
                 let _ = FLOWS.remove(&decision.key);
             }
             full = HALF_OPEN.insert(&decision.key, &decision.entry, ANY).is_err();
+            if !full && !matches!(view.place.get(), Place::HalfOpen) {
+                counters.half_open_in = counters.half_open_in.wrapping_add(1);
+            }
         }
         Action::Update if matches!(view.place.get(), Place::HalfOpen) && !half_open => {
             match FLOWS.insert(&decision.key, &decision.entry, ANY) {
                 Ok(()) => {
-                    let _ = HALF_OPEN.remove(&decision.key);
+                    if HALF_OPEN.remove(&decision.key).is_ok() {
+                        counters.half_open_out = counters.half_open_out.wrapping_add(1);
+                    }
                 }
                 Err(_) => {
                     counters.table_full = counters.table_full.wrapping_add(1);
@@ -348,16 +354,19 @@ pub fn phalanx_forward(ctx: XdpContext) -> u32 {
     let Some(backend) = BACKENDS.get(work.plan.wrapping_mul(MAX_BACKENDS).wrapping_add(index.0)) else {
         return drop(counters, drops::NO_NEXT_HOP);
     };
-    let Backend { hop, .. } = backend;
-    if hop.interface == 0 {
-        return drop(counters, drops::NO_NEXT_HOP);
+    let mut hop = backend.hop;
+    if hop.interface == 0
+        && !look_up(&ctx, counters, backend.family, &backend.source, &backend.address, &mut hop)
+    {
+        work.why = punt::NO_NEXT_HOP;
+        return go(&ctx, stage::PUNT);
     }
     let Some(method) = Method::from_u8(backend.method) else { return drop(counters, drops::NO_NEXT_HOP) };
     let port = u16::from_be_bytes(backend.port_be);
     let outer = Outer::new(method, backend.family, backend.source, backend.address, port, work.decision.hash);
     let mut frame = XdpFrame { ctx: &ctx };
-    let wrapped = encapsulate(&mut frame, &work.packet, &outer, hop.mtu, &link(hop));
-    sent(&ctx, counters, work, hop, wrapped)
+    let wrapped = encapsulate(&mut frame, &work.packet, &outer, hop.mtu, &link(&hop));
+    sent(&ctx, counters, work, &hop, wrapped)
 }
 
 /// Hands the packet off to another member.
@@ -367,9 +376,12 @@ pub fn phalanx_hand_off(ctx: XdpContext) -> u32 {
     let Some(header) = header(work.plan) else { return XDP_DROP };
     let Verdict::HandOff(to) = work.decision.verdict else { return XDP_DROP };
     let Some(member) = member(work.plan, to.to) else { return drop(counters, drops::NO_NEXT_HOP) };
-    let hop = &member.hop;
-    if hop.interface == 0 {
-        return drop(counters, drops::NO_NEXT_HOP);
+    let mut hop = member.hop;
+    if hop.interface == 0
+        && !look_up(&ctx, counters, member.family, &header.local_address, &member.address, &mut hop)
+    {
+        work.why = punt::NO_NEXT_HOP;
+        return go(&ctx, stage::PUNT);
     }
     let mut geneve = HandOffHeader::new(to.hops, header.view_digest, header.cookies[0]);
     if let Some(bypassed) = self::member(work.plan, to.bypassed) {
@@ -382,8 +394,69 @@ pub fn phalanx_hand_off(ctx: XdpContext) -> u32 {
     let hash = work.decision.hash;
     let outer = Outer::new(Method::Gue, member.family, header.local_address, member.address, port, hash);
     let mut frame = XdpFrame { ctx: &ctx };
-    let wrapped = hand_off(&mut frame, &work.packet, &geneve, &outer, hop.mtu, &link(hop));
-    sent(&ctx, counters, work, hop, wrapped)
+    let wrapped = hand_off(&mut frame, &work.packet, &geneve, &outer, hop.mtu, &link(&hop));
+    sent(&ctx, counters, work, &hop, wrapped)
+}
+
+/// `BPF_FIB_LKUP_RET_SUCCESS` and `BPF_FIB_LKUP_RET_FWD_DISABLED`.
+const FIB_SUCCESS: i64 = 0;
+const FIB_FORWARDING_DISABLED: i64 = 5;
+/// `BPF_FIB_LOOKUP_OUTPUT`.
+const FIB_OUTPUT: u32 = 2;
+
+/// Asks the kernel's routes for a next hop that the plan does not know; whether they do. Costs more than all the rest of a packet.
+#[inline(always)]
+fn look_up(
+    ctx: &XdpContext,
+    counters: &mut CpuCounters,
+    family: u8,
+    source: &[u8; 16],
+    destination: &[u8; 16],
+    hop: &mut Hop,
+) -> bool {
+    counters.fib_lookups = counters.fib_lookups.wrapping_add(1);
+    let ingress = ctx.ingress_ifindex() as u32;
+    let mut asked = FibLookup {
+        family: if family == 4 { 2 } else { 10 },
+        protocol: 0,
+        ports: [0; 2],
+        length_mtu: 0,
+        interface: ingress,
+        tos_metric: 0,
+        source: [0; 16],
+        destination: [0; 16],
+        vlan: 0,
+        source_mac: [0; 6],
+        destination_mac: [0; 6],
+    };
+    if family == 4 {
+        let [.., s0, s1, s2, s3] = *source;
+        let [.., d0, d1, d2, d3] = *destination;
+        asked.source = [s0, s1, s2, s3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        asked.destination = [d0, d1, d2, d3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    } else {
+        asked.source = *source;
+        asked.destination = *destination;
+    }
+    let size = size_of::<FibLookup>() as i32;
+    // SAFETY: the context is the kernel's, and the structure lives through the call.
+    let mut answer = unsafe { bpf_fib_lookup(ctx.ctx.cast(), (&raw mut asked).cast(), size, 0) };
+    if answer == FIB_FORWARDING_DISABLED {
+        // A host that forwards nothing by itself: asked as the sender that it is.
+        // SAFETY: as above.
+        answer = unsafe { bpf_fib_lookup(ctx.ctx.cast(), (&raw mut asked).cast(), size, FIB_OUTPUT) };
+    }
+    if answer != FIB_SUCCESS {
+        return false;
+    }
+    *hop = Hop {
+        interface: asked.interface,
+        mtu: asked.length_mtu,
+        source_mac: asked.source_mac,
+        destination_mac: asked.destination_mac,
+        reserved: [0; 2],
+    };
+    true
 }
 
 #[inline(always)]
@@ -519,6 +592,10 @@ pub fn phalanx_punt(ctx: XdpContext) -> u32 {
         (*place).hops = work.arrival.hops;
         (*place).why = work.why;
         (*place).bare = work.bare as u8;
+        (*place).passed_over = match work.arrival.bypassed {
+            Some(id) => id.0,
+            None => 0,
+        };
         let mut ports = work.arrival.ports;
         match work.decision.verdict {
             Verdict::Forward(index) => (*place).backend = index.0,

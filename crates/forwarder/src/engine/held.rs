@@ -11,24 +11,30 @@ const HOLD_MS: u64 = 200;
 
 /// A frame that waits.
 #[derive(Clone, Debug)]
-pub(crate) struct HeldFrame {
-    pub(crate) fragment: FlowKey,
-    pub(crate) until_ms: u64,
-    pub(crate) bytes: Vec<u8>,
-    pub(crate) link: Link,
-    pub(crate) ingress: u32,
-    pub(crate) arrival: Arrival,
+pub struct HeldFrame {
+    /// The packet that it is a fragment of.
+    pub fragment: FlowKey,
+    /// Until when it waits; [`Held::push`] says.
+    pub until_ms: u64,
+    /// The frame.
+    pub bytes: Vec<u8>,
+    /// What it starts with.
+    pub link: Link,
+    /// The interface it came in on.
+    pub ingress: u32,
+    /// How it came.
+    pub arrival: Arrival,
 }
 
 /// The frames that wait, oldest first.
 #[derive(Debug, Default)]
-pub(crate) struct Held {
+pub struct Held {
     frames: VecDeque<HeldFrame>,
 }
 
 impl Held {
     /// Keeps a frame for a while from `now_ms` on. Returns how many older ones were given up.
-    pub(crate) fn push(&mut self, mut frame: HeldFrame, now_ms: u64) -> u64 {
+    pub fn push(&mut self, mut frame: HeldFrame, now_ms: u64) -> u64 {
         let mut given_up = self.expire(now_ms);
         if self.frames.len() >= MAX_HELD && self.frames.pop_front().is_some() {
             given_up += 1;
@@ -39,7 +45,7 @@ impl Held {
     }
 
     /// Forgets frames that waited too long, and returns how many.
-    pub(crate) fn expire(&mut self, now_ms: u64) -> u64 {
+    pub fn expire(&mut self, now_ms: u64) -> u64 {
         let before = self.frames.len();
         while self.frames.front().is_some_and(|frame| frame.until_ms <= now_ms) {
             self.frames.pop_front();
@@ -47,8 +53,13 @@ impl Held {
         (before - self.frames.len()) as u64
     }
 
+    /// Which packets' fragments wait, some named more than once.
+    pub fn waiting(&self) -> impl Iterator<Item = &FlowKey> {
+        self.frames.iter().map(|frame| &frame.fragment)
+    }
+
     /// Takes out the frames that waited for this packet's first fragment, in their order.
-    pub(crate) fn release(&mut self, fragment: &FlowKey) -> Vec<HeldFrame> {
+    pub fn release(&mut self, fragment: &FlowKey) -> Vec<HeldFrame> {
         if !self.frames.iter().any(|frame| frame.fragment == *fragment) {
             return Vec::new();
         }

@@ -5,6 +5,7 @@
 
 mod ahead;
 mod clock;
+pub mod entry;
 mod held;
 mod table;
 #[cfg(test)]
@@ -24,16 +25,16 @@ use phalanx_flow::decide::{
 use phalanx_flow::member::Liveness;
 use phalanx_flow::packet::Packet;
 use phalanx_flow::{
-    Arrival, BackendId, BackendIndex, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState,
-    MemberId, MemberSlot, Record, Row, Verdict, Version, flow_hash,
+    Arrival, BackendId, BackendIndex, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowKey, MemberId,
+    MemberSlot, Record, Row, Verdict, flow_hash,
 };
 
 use crate::counters::SharedCounters;
 use crate::plan::{NextHop, NextHops, Plan, PlanBackend, PlanMember, PlanService};
 use crate::{Counters, Drop, InstallError, RowSet, Upserted};
 pub use clock::Clock;
-use held::Held;
-pub(crate) use held::HeldFrame;
+use entry::{entry_of, is_replaced, life, record_of};
+pub use held::{Held, HeldFrame};
 pub use table::TableLimits;
 use table::{FlowTable, Put, Shard};
 
@@ -52,9 +53,6 @@ const CLOCK_START_MS: u64 = 1 << 32;
 
 /// How often each share of the table is searched for expired entries, and how long the daemon has for its word on one.
 const SCAN_EVERY_MS: u64 = 1_000;
-
-/// How long a flow is kept after its last packet when its service has gone from the configuration.
-const ORPHAN_LIFE: Duration = Duration::from_secs(60);
 
 /// A plan with what a host needs to look things up in it.
 #[derive(Debug)]
@@ -643,10 +641,8 @@ impl Engine {
         let mut shard = self.table.shard(hash);
         let mut entry = entry_of(record, index, now_ms);
         if let Some(current) = shard.get(hash, &record.key) {
-            let backends = plan
-                .backend(current.backend)
-                .map_or(std::cmp::Ordering::Greater, |backend| backend.id.cmp(&record.backend));
-            if !version(current).is_replaced_by(record.version(), backends) {
+            let backend = plan.backend(current.backend).map(|backend| backend.id);
+            if !is_replaced(current, backend, record) {
                 return Upserted::Stale;
             }
             entry.last_seen_ms = entry.last_seen_ms.max(current.last_seen_ms);
@@ -731,10 +727,7 @@ impl Engine {
                 continue;
             }
             let newer = shard.cache.peek(&record.key).is_none_or(|current| {
-                let backends = plan
-                    .backend(current.backend)
-                    .map_or(std::cmp::Ordering::Greater, |backend| backend.id.cmp(&record.backend));
-                version(current).is_replaced_by(record.version(), backends)
+                is_replaced(current, plan.backend(current.backend).map(|backend| backend.id), record)
             });
             if newer {
                 shard.cache.put(record.key, entry_of(record, index, now_ms));
@@ -805,12 +798,7 @@ impl Engine {
             }
             shard.next_scan_ms = now_ms + SCAN_EVERY_MS;
             for (key, _, entry) in shard.iter_mut() {
-                let life = plan.service_of(key).map_or(ORPHAN_LIFE, |service| match entry.flow_state() {
-                    FlowState::HalfOpen => service.half_open,
-                    FlowState::Established => service.idle,
-                    FlowState::Closing => service.linger,
-                    FlowState::Reset => service.reset_linger,
-                });
+                let life = life(&plan, key, entry);
                 if now_ms.saturating_sub(entry.last_seen_ms) > life.as_millis() as u64 {
                     expired.extend(record(&plan, key, entry, now_ms));
                 }
@@ -841,37 +829,6 @@ impl Engine {
     }
 }
 
-fn version(entry: &FlowEntry) -> Version {
-    Version {
-        recovered: entry.flags.has(FlowFlags::RECOVERED),
-        live: entry.flow_state().is_live(),
-        birth: entry.birth,
-        update: entry.update,
-    }
-}
-
-fn entry_of(record: &Record, backend: BackendIndex, now_ms: u64) -> FlowEntry {
-    let seen_ms = now_ms.saturating_sub(u64::from(record.idle_ms));
-    FlowEntry {
-        birth: record.birth,
-        last_seen_ms: seen_ms,
-        last_reported_ms: seen_ms,
-        update: record.update,
-        backend,
-        state: record.state as u8,
-        flags: record.flags.with(FlowFlags::PROTECTED, false),
-        reserved: [0; 6],
-    }
-}
-
 fn record(plan: &CompiledPlan, key: &FlowKey, entry: &FlowEntry, now_ms: u64) -> Option<Record> {
-    Some(Record {
-        key: *key,
-        backend: plan.backend(entry.backend)?.id,
-        birth: entry.birth,
-        update: entry.update,
-        state: entry.flow_state(),
-        flags: entry.flags,
-        idle_ms: u32::try_from(now_ms.saturating_sub(entry.last_seen_ms)).unwrap_or(u32::MAX),
-    })
+    Some(record_of(key, entry, plan.backend(entry.backend)?.id, now_ms))
 }

@@ -14,7 +14,7 @@ use super::reader::{self, At, Section, Source};
 use super::{
     ADMIN_PORT, AdminConfig, BackendConfig, BackupSite, CacheMode, ClusterConfig, Config, DEFAULT_WEIGHT,
     ForwarderConfig, ForwarderKind, GOSSIP_PORT, GUE_PORT, HANDOFF_PORT, HealthConfig, HealthKind, LogConfig,
-    LogFormat, MAX_SEEDS, MAX_WEIGHT, MemberConfig, Profile, Protocol, Replicate, ScoringKind, Seed,
+    LogFormat, MAX_SEEDS, MAX_WEIGHT, MemberConfig, PinDir, Profile, Protocol, Replicate, ScoringKind, Seed,
     ServiceConfig, TRANSFER_PORT, id_of, method_name,
 };
 
@@ -254,7 +254,11 @@ fn forwarder(section: &mut Section<'_, '_>, environment: &dyn Environment) -> Fo
         threads: section.integer("threads", 1..=64, 1) as u16,
         max_flows: section.integer("max_flows", 1024..=67_108_864, 1_000_000),
         max_half_open: section.integer("max_half_open", 1024..=16_777_216, 65_536),
-        pin_dir: path(section, "pin_dir"),
+        pin_dir: match path(section, "pin_dir") {
+            None => PinDir::Usual,
+            Some(text) if text.as_os_str().is_empty() => PinDir::Off,
+            Some(directory) => PinDir::At(directory),
+        },
         bpf_object: path(section, "bpf_object"),
     }
 }

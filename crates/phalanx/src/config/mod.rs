@@ -224,15 +224,26 @@ pub struct ForwarderConfig {
     pub interfaces: Vec<String>,
     /// Threads of the packet path: 1 to 64, default 1.
     pub threads: u16,
-    /// Flows remembered at most: 1024 to 67108864, default 1000000. A full table falls back on the consistent choice, counted.
+    /// Flows remembered at most, with kind xdp per address family: 1024 to 67108864, default 1000000. A full table falls back on the consistent choice, counted.
     pub max_flows: u32,
     /// Half-open flows remembered at most, oldest out first: 1024 to 16777216, default 65536.
     pub max_half_open: u32,
-    /// With kind xdp: a directory of a BPF file system in which programs and tables are pinned, so that they outlive the process;
-    /// default none: they end with it.
-    pub pin_dir: Option<PathBuf>,
+    /// With kind xdp: where programs and tables are pinned, so that they outlive the process.
+    pub pin_dir: PinDir,
     /// With kind xdp: another object than the one compiled in, default none.
     pub bpf_object: Option<PathBuf>,
+}
+
+/// `forwarder.pin_dir`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PinDir {
+    /// `/sys/fs/bpf/phalanx/CLUSTER-ID`, where there is a BPF file system or one can be mounted.
+    #[default]
+    Usual,
+    /// Written as the empty text: nothing is pinned, and programs and tables end with the process.
+    Off,
+    /// This directory of a BPF file system; it is an error if it is not one.
+    At(PathBuf),
 }
 
 /// `forwarder.kind`.

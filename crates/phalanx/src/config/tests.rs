@@ -114,7 +114,7 @@ fn the_defaults_in_the_example_are_the_defaults() {
     let (example, small) = (good(EXAMPLE), good(SMALL));
     let ours = ClusterConfig { name: small.cluster.name.clone(), ..example.cluster };
     assert_eq!(ours, small.cluster);
-    let ours = ForwarderConfig { pin_dir: None, bpf_object: None, ..example.forwarder };
+    let ours = ForwarderConfig { bpf_object: None, pin_dir: PinDir::Usual, ..example.forwarder };
     assert_eq!(ours, small.forwarder);
     assert_eq!(example.admin, small.admin);
     assert_eq!(example.log, small.log);

@@ -24,6 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::membership::{Command, MembershipDriver, MembershipEvent};
 use super::next_hops::NextHopDriver;
 use super::peers::{Link, Peer, PeerEvent, Peers};
+use super::resume;
 use super::status::{Shared, Status};
 use crate::config::{Config, ServiceConfig};
 use crate::health::{Candidate, HealthChange, HealthDriver, usable_backends};
@@ -179,6 +180,8 @@ pub struct ControlDriver {
 pub struct State {
     links: HashMap<MemberId, Link>,
     warnings: BTreeMap<String, Instant>,
+    /// What the forwarder was told to remember.
+    note: Vec<u8>,
     counters: super::status::DriverCounters,
 }
 
@@ -443,9 +446,22 @@ impl ControlDriver {
         }
     }
 
+    /// Keeps what a restart needs with tables that outlive this process.
+    fn remember(&mut self) {
+        let Some(own) = self.core.view().get(self.config.member.id) else { return };
+        let Some(note) = resume::note(&self.config, self.core.planner(), own.boot) else { return };
+        if note != self.state.note {
+            self.forwarder.remember(&note);
+            self.state.note = note;
+        }
+    }
+
     fn handle_core(&mut self, event: ControlEvent) {
         match event {
-            ControlEvent::Installed(destinations) => self.next_hops.set_destinations(destinations),
+            ControlEvent::Installed(destinations) => {
+                self.next_hops.set_destinations(destinations);
+                self.remember();
+            }
             ControlEvent::NotInstalled(error) => {
                 tracing::error!("the forwarder refused a plan, the one before goes on: {error}");
             }
@@ -462,7 +478,8 @@ impl ControlDriver {
                 tracing::warn!(%peer, records, "too much waited for a peer; it gets a table instead");
             }
             ControlEvent::Missed(flows) => {
-                tracing::warn!(flows, "events were lost; their flows were found by a scan");
+                self.state.counters.found_by_scan += flows as u64;
+                tracing::warn!(flows, "flows that nobody may have been told of were found by a scan");
             }
             ControlEvent::WindowClosed(dropped) => tracing::info!(dropped, "handover window closed"),
             ControlEvent::ReadyToLeave => self.membership.command(Command::Leave),

@@ -242,6 +242,10 @@ impl Worker {
     }
 
     fn renew_lease(&self) {
+        if self.membership.is_resuming() {
+            // The earlier start's lease is as good as it ever was, until it ends.
+            return;
+        }
         let left = self
             .membership
             .lease_valid_until()
@@ -295,7 +299,8 @@ impl Worker {
                 event => self.tell(MembershipEvent::Event(event)),
             }
         }
-        if *self.membership.view() != *self.last_view {
+        // Who resumes has its tables from an earlier start, which are better than a view without the others.
+        if !self.membership.is_resuming() && *self.membership.view() != *self.last_view {
             self.last_view = Arc::new(self.membership.view().clone());
             self.tell(MembershipEvent::View(Arc::clone(&self.last_view)));
         }

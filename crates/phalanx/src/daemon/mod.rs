@@ -9,6 +9,7 @@ pub mod next_hops;
 pub mod peers;
 #[cfg(feature = "rawsock")]
 mod rawsock;
+mod resume;
 pub mod status;
 #[cfg(feature = "xdp")]
 mod xdp;
@@ -16,7 +17,7 @@ mod xdp;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -35,6 +36,7 @@ use self::control::{ControlDriver, End, Inboxes, Request, State};
 use self::membership::MembershipDriver;
 use self::next_hops::NextHopDriver;
 use self::peers::{Identity, Peers};
+use self::resume::{Adopted, Resumed};
 use self::status::{DriverCounters, Shared, Source, Status};
 use crate::config::{self, CacheMode, Config, Profile, Replicate, ScoringKind};
 use crate::health::{HealthDriver, ProbeSender};
@@ -48,11 +50,43 @@ pub enum Ended {
     Refused(String),
 }
 
+/// Where a member's programs and tables are pinned; `None`: nowhere.
+pub fn pin_directory(config: &Config) -> Option<PathBuf> {
+    match config.forwarder.kind {
+        #[cfg(feature = "xdp")]
+        config::ForwarderKind::Xdp => xdp::pin_directory(config),
+        _ => None,
+    }
+}
+
+/// Removes what a dead daemon left pinned; whether there was something. `WouldBlock`: its daemon runs.
+pub fn detach(directory: &Path) -> std::io::Result<bool> {
+    #[cfg(feature = "xdp")]
+    return phalanx_forwarder_xdp::detach(directory);
+    #[cfg(not(feature = "xdp"))]
+    {
+        let _ = directory;
+        Err(std::io::Error::other("this program was built without the feature xdp"))
+    }
+}
+
+/// A forwarder that runs.
+struct Started {
+    forwarder: Arc<dyn Forwarder>,
+    /// What an earlier process left pinned.
+    adopted: Option<Adopted>,
+    /// Ends it; told true it leaves what is pinned as it is.
+    end: Box<dyn FnOnce(bool) + Send>,
+}
+
 /// Starts the forwarder that the configuration names.
-fn start_forwarder(config: &Config, plan: Plan) -> anyhow::Result<Arc<dyn Forwarder>> {
+fn start_forwarder(config: &Config, plan: Plan) -> anyhow::Result<Started> {
     match config.forwarder.kind {
         #[cfg(feature = "rawsock")]
-        config::ForwarderKind::Rawsock => rawsock::start(config, plan),
+        config::ForwarderKind::Rawsock => {
+            let forwarder = rawsock::start(config, plan)?;
+            Ok(Started { forwarder, adopted: None, end: Box::new(|_| ()) })
+        }
         #[cfg(not(feature = "rawsock"))]
         config::ForwarderKind::Rawsock => {
             let _ = plan;
@@ -93,7 +127,32 @@ async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
     }
     // There are no flows yet that the first tables could disturb.
     planner.settle(now + phalanx_control::planner::UNSETTLED);
-    let forwarder = start_forwarder(&config, planner.plan())?;
+    let started = start_forwarder(&config, planner.plan())?;
+    let adopted = started.adopted.is_some();
+    let resumed = started.adopted.as_ref().and_then(|adopted| {
+        let resumed = resume::resume(&config, &mut planner, adopted);
+        if let Err(sentence) = &resumed {
+            tracing::warn!("the pinned tables are of no use, their flows are forgotten: {sentence}");
+            phalanx_control::forget_flows(&*started.forwarder);
+        }
+        resumed.ok()
+    });
+    if let Some(Resumed { boot, .. }) = resumed {
+        tracing::info!(boot, "going on with the pinned tables of an earlier start");
+    }
+    let ended = run_member(config, keys, planner, Arc::clone(&started.forwarder), resumed).await;
+    // Who left is in nobody's table any more. Else what was found pinned goes on as it did before this start.
+    (started.end)(adopted && !matches!(ended, Ok(Ended::Left)));
+    ended
+}
+
+async fn run_member(
+    config: Config,
+    keys: KeyRing,
+    planner: Planner,
+    forwarder: Arc<dyn Forwarder>,
+    resumed: Option<Resumed>,
+) -> anyhow::Result<Ended> {
     let next_hops = NextHopDriver::start(Arc::clone(&forwarder))?;
 
     let (peer_events, peers_inbox) = mpsc::unbounded_channel();
@@ -102,7 +161,7 @@ async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
 
     let metadata = metadata(&config, &identity);
     let (member_events, membership_inbox) = mpsc::unbounded_channel();
-    let settings = membership_config(&config, keys, metadata.clone());
+    let settings = membership_config(&config, keys, metadata.clone(), resumed);
     let membership = MembershipDriver::start(settings, Arc::clone(&forwarder), member_events)?;
 
     let (health_changes, health_inbox) = mpsc::unbounded_channel();
@@ -148,8 +207,12 @@ async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
         },
         replication: config.cluster.replication,
     };
+    let core = Control::new(settings, planner, replicator, Arc::clone(&forwarder));
     let mut control = ControlDriver {
-        core: Control::new(settings, planner, replicator, Arc::clone(&forwarder)),
+        core: match resumed {
+            Some(Resumed { boot, .. }) => core.resumed(boot),
+            None => core,
+        },
         config,
         forwarder,
         next_hops,
@@ -221,12 +284,18 @@ fn metadata(config: &Config, identity: &Identity) -> Metadata {
     }
 }
 
-fn membership_config(config: &Config, keys: KeyRing, metadata: Metadata) -> MembershipConfig {
+fn membership_config(
+    config: &Config,
+    keys: KeyRing,
+    metadata: Metadata,
+    resumed: Option<Resumed>,
+) -> MembershipConfig {
     let now_us =
         SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
     MembershipConfig {
-        // This forwarder's table dies with the process, so every start is a new boot.
-        boot: now_us,
+        // A start without the table of an earlier one is a new boot.
+        boot: resumed.map_or(now_us, |resumed| resumed.boot),
+        resume: resumed.is_some(),
         session: now_us,
         cluster: config.cluster.name.clone(),
         seeds: config.member.seeds.iter().map(|seed| seed.address).collect(),
@@ -236,7 +305,10 @@ fn membership_config(config: &Config, keys: KeyRing, metadata: Metadata) -> Memb
         },
         metadata,
         shared: config.cluster_digests().shared(),
-        bootstrap_wait: config.cluster.bootstrap_wait,
+        bootstrap_wait: match resumed {
+            Some(Resumed { alone: true, .. }) => Duration::ZERO,
+            _ => config.cluster.bootstrap_wait,
+        },
         ..MembershipConfig::new(config.member.id, config.gossip_address(), keys)
     }
 }
@@ -275,7 +347,7 @@ async fn serve_admin(listen: SocketAddr, source: Source) -> anyhow::Result<()> {
 }
 
 /// SIGHUP reloads, SIGTERM and SIGINT leave.
-fn spawn_signals(file: std::path::PathBuf, requests: mpsc::UnboundedSender<Request>) -> anyhow::Result<()> {
+fn spawn_signals(file: PathBuf, requests: mpsc::UnboundedSender<Request>) -> anyhow::Result<()> {
     let mut hangup = signal(SignalKind::hangup())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

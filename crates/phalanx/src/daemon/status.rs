@@ -42,6 +42,8 @@ pub struct DriverCounters {
     pub transfers_done: u64,
     /// Transfer tables whose receiver has gone.
     pub transfers_given_up: u64,
+    /// Flows found by a scan, after events were lost or a restart.
+    pub found_by_scan: u64,
 }
 
 /// The daemon at one moment.
@@ -498,6 +500,7 @@ impl AdminSource for Source {
         for (peer, lost) in &status.counters.echoes_lost {
             push(&metrics::ECHOES_LOST, &[&peer.to_string()], *lost);
         }
+        push(&metrics::FOUND_BY_SCAN, &[], status.counters.found_by_scan);
         push(&metrics::RELOADS, &["done"], status.counters.reloads);
         push(&metrics::RELOADS, &["refused"], status.counters.reloads_refused);
         push(&metrics::BUILD_INFO, &[env!("CARGO_PKG_VERSION"), self.forwarder_kind], 1);
@@ -560,6 +563,9 @@ fn forwarder_samples(counters: &Counters) -> Vec<Sample> {
         (&metrics::RECOVERED, &[], counters.outcome(Outcome::Recovered)),
         (&metrics::TABLE_FULL, &[], counters.table_full),
         (&metrics::HALF_OPEN_EVICTED, &[], counters.half_open_evicted),
+        (&metrics::EVENTS_LOST, &[], counters.events_lost),
+        (&metrics::FIB_LOOKUPS, &[], counters.fib_lookups),
+        (&metrics::PUNTED, &[], counters.punted),
     ] {
         samples.push(Sample::new(metric, labels, value));
     }

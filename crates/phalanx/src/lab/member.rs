@@ -45,6 +45,8 @@ pub struct ClusterFile {
     pub forwarder: ForwarderKind,
     /// Lines to add to the forwarder's section.
     pub forwarder_lines: String,
+    /// Where this member pins its programs and tables.
+    pub pin_dir: Option<PathBuf>,
     /// "tcp" or "udp".
     pub protocol: &'static str,
     /// The log's level, as in `[log] level`.
@@ -70,6 +72,12 @@ pub const HASH_SEED: &str = "00112233445566778899aabbccddeeff";
 impl ClusterFile {
     /// The configuration file of one member.
     pub fn to_toml(&self, id: u32, address: IpAddr, weight: u32, key_file: &Path) -> String {
+        let pin_dir = self
+            .pin_dir
+            .as_ref()
+            .filter(|_| !self.forwarder_lines.contains("pin_dir"))
+            .map(|directory| format!("pin_dir = \"{}\"\n", directory.display()))
+            .unwrap_or_default();
         let seeds: Vec<String> = self.seeds.iter().map(|seed| format!("\"{seed}\"")).collect();
         let mut text = format!(
             "[member]\nid = {id}\naddress = \"{address}\"\nweight = {weight}\nsite = \"lab\"\ncache = \"{}\"\n\
@@ -82,7 +90,7 @@ impl ClusterFile {
             text,
             "[cluster]\nname = \"lab\"\nkey_file = \"{}\"\nhash_seed = \"{HASH_SEED}\"\nscoring = \"{}\"\n\
              profile = \"lan\"\nreplication = {}\nhandoff_fragment = {}\n{}\n\n\
-             [forwarder]\nkind = \"{}\"\ninterfaces = [\"{INTERFACE}\"]\n{}\n\n\
+             [forwarder]\nkind = \"{}\"\ninterfaces = [\"{INTERFACE}\"]\n{pin_dir}{}\n\n\
              [admin]\nlisten = \"{ADMIN}\"\n\n[log]\nlevel = \"{}\"\n\n\
              [[service]]\nname = \"web\"\naddress = \"{}\"\nport = {SERVICE_PORT}\nprotocol = \"{}\"\n\
              method = \"{}\"\n{}\n",
@@ -303,6 +311,7 @@ mod tests {
             cluster_lines: String::new(),
             forwarder: ForwarderKind::Rawsock,
             forwarder_lines: "max_flows = 100".to_owned(),
+            pin_dir: None,
             protocol: "udp",
             log_level: "info".to_owned(),
         }

@@ -17,6 +17,7 @@ pub mod chart;
 pub mod member;
 pub mod metrics;
 pub mod netns;
+pub mod pins;
 pub mod privilege;
 pub mod report;
 pub mod router;

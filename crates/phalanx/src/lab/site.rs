@@ -16,6 +16,7 @@ use crate::config::ForwarderKind;
 
 use super::member::{BackendLine, ClusterFile, Member, write_key};
 use super::metrics::{self, Interest, Scraper};
+use super::pins::Pins;
 use super::report::{EventReport, Report};
 use super::router::Router;
 use super::scenario::{Action, Event};
@@ -65,6 +66,7 @@ pub struct Lab {
     traffic: Option<Traffic>,
     scraper: Scraper,
     router: Router,
+    pins: Option<Pins>,
     directory: Directory,
     world: World,
     options: LabOptions,
@@ -130,6 +132,8 @@ impl Lab {
         };
         let directory = Directory::new(options.keep.as_deref())?;
         write_key(&directory.path.join("cluster.key"))?;
+        let xdp = options.forwarder == ForwarderKind::Xdp && !options.direct;
+        let pins = xdp.then(|| Pins::mount(&directory.path)).transpose()?;
         let mut router = Router::new(&world.router, world.service(), options.router_detect)?;
         let hops = if options.direct { &world.backends } else { &world.members };
         for host in hops {
@@ -148,6 +152,7 @@ impl Lab {
             traffic,
             scraper,
             router,
+            pins,
             directory,
             world,
             program,
@@ -301,12 +306,15 @@ impl Lab {
             cluster_lines: self.options.cluster_lines.clone(),
             forwarder: self.options.forwarder,
             forwarder_lines: self.options.forwarder_lines.clone(),
+            pin_dir: None,
             protocol: if self.options.udp { "udp" } else { "tcp" },
             log_level: self.options.log_level.clone(),
         };
         let key = self.directory.path.join("cluster.key");
         self.members.iter().zip(&self.world.members).try_for_each(|(member, host)| {
             let weight = if self.drained.contains(&member.id) { 0 } else { WEIGHT };
+            let pin_dir = self.pins.as_ref().map(|pins| pins.of(member.id));
+            let file = ClusterFile { pin_dir, ..file.clone() };
             member.configure(&file.to_toml(member.id, host.v4, weight, &key))
         })
     }

@@ -1,0 +1,61 @@
+//! From records to entries of a table and back, the same in every forwarder.
+
+use std::cmp::Ordering;
+use std::time::Duration;
+
+use phalanx_flow::{BackendId, BackendIndex, FlowEntry, FlowFlags, FlowKey, FlowState, Record, Version};
+
+use super::CompiledPlan;
+
+/// How long a flow is kept after its last packet when its service has gone from the configuration.
+const ORPHAN_LIFE: Duration = Duration::from_secs(60);
+
+/// The entry of a record whose backend has the position `backend`.
+pub fn entry_of(record: &Record, backend: BackendIndex, now_ms: u64) -> FlowEntry {
+    let seen_ms = now_ms.saturating_sub(u64::from(record.idle_ms));
+    FlowEntry {
+        birth: record.birth,
+        last_seen_ms: seen_ms,
+        last_reported_ms: seen_ms,
+        update: record.update,
+        backend,
+        state: record.state as u8,
+        flags: record.flags.with(FlowFlags::PROTECTED, false),
+        reserved: [0; 6],
+    }
+}
+
+/// The record of an entry whose backend is `backend`.
+pub fn record_of(key: &FlowKey, entry: &FlowEntry, backend: BackendId, now_ms: u64) -> Record {
+    Record {
+        key: *key,
+        backend,
+        birth: entry.birth,
+        update: entry.update,
+        state: entry.flow_state(),
+        flags: entry.flags,
+        idle_ms: u32::try_from(now_ms.saturating_sub(entry.last_seen_ms)).unwrap_or(u32::MAX),
+    }
+}
+
+/// Whether a record takes the place of an entry, whose backend is `backend` (`None`: nobody knows any more).
+pub fn is_replaced(entry: &FlowEntry, backend: Option<BackendId>, record: &Record) -> bool {
+    let version = Version {
+        recovered: entry.flags.has(FlowFlags::RECOVERED),
+        live: entry.flow_state().is_live(),
+        birth: entry.birth,
+        update: entry.update,
+    };
+    let backends = backend.map_or(Ordering::Greater, |backend| backend.cmp(&record.backend));
+    version.is_replaced_by(record.version(), backends)
+}
+
+/// How long an entry of the flow table is kept after its last packet.
+pub fn life(plan: &CompiledPlan, key: &FlowKey, entry: &FlowEntry) -> Duration {
+    plan.service_of(key).map_or(ORPHAN_LIFE, |service| match entry.flow_state() {
+        FlowState::HalfOpen => service.half_open,
+        FlowState::Established => service.idle,
+        FlowState::Closing => service.linger,
+        FlowState::Reset => service.reset_linger,
+    })
+}

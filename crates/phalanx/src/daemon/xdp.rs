@@ -46,7 +46,9 @@ pub(super) fn start(config: &Config, plan: Plan) -> anyhow::Result<Started> {
         pins,
         object: forwarder.bpf_object.clone(),
     };
-    let forwarder = Arc::new(XdpForwarder::start(&settings, plan)?);
+    // Its sentences say the causes themselves.
+    let started = XdpForwarder::start(&settings, plan).map_err(|error| anyhow::anyhow!("{error}"))?;
+    let forwarder = Arc::new(started);
     let adopted = forwarder
         .adopted()
         .map(|adopted| Adopted { note: adopted.note.clone(), backends: adopted.backends.clone() });

@@ -1,5 +1,6 @@
 //! What the suite for every forwarder cannot see from outside: eviction, expiry and races.
 
+use phalanx_flow::FlowState;
 use phalanx_flow::packet::{Link, parse};
 
 use super::*;

@@ -49,6 +49,9 @@ metrics! {
     DROPS = Counter "phalanx_drops" ["reason"] "Packets dropped, by reason";
     FLOWS = Gauge "phalanx_flows" ["state"] "Flows in the flow table, by state";
     UNPROTECTED_FLOWS = Gauge "phalanx_unprotected_flows" [] "Flows whose backup has not acknowledged them";
+    CLUSTER_UNPROTECTED_FLOWS = Gauge "phalanx_cluster_unprotected_flows" [] "Flows of all members whose backup has not acknowledged them, as each member last said";
+    CHANGE_PENDING = Gauge "phalanx_change_pending" [] "1 while a change of members is planned and not yet in force, else 0";
+    REPAIRED_RECORDS = Counter "phalanx_repaired_records" [] "Flow records sent because a comparison of holders showed a difference";
     CACHED_FLOWS = Gauge "phalanx_cached_flows" [] "Flows of other members in the cache";
     HANDOFFS = Counter "phalanx_handoffs" ["direction"] "Packets handed off to other members (out) and by them (in)";
     RECOVERED = Counter "phalanx_recovered" [] "Packets of flows nobody knew, forwarded by the consistent table";

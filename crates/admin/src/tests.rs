@@ -17,6 +17,7 @@ impl AdminSource for Fake {
             cluster: "lab".into(),
             local: 1,
             view_digest: "00000000000000ff".into(),
+            pending_view: None,
             warnings: Vec::new(),
             members: vec![MemberStatus {
                 id: 1,
@@ -31,6 +32,8 @@ impl AdminSource for Fake {
                 version: "0.1.0".into(),
                 admin_address: None,
                 view_digest: "00000000000000ff".into(),
+                waits: None,
+                ready: false,
                 flows: 7,
                 unprotected_flows: 2,
                 rows_owned: 65_536,

@@ -13,6 +13,8 @@ pub struct Members {
     pub local: u32,
     /// Digest of its view, 16 hexadecimal digits: members that agree show the same.
     pub view_digest: String,
+    /// While a change of members is planned: the digest the view will have then.
+    pub pending_view: Option<String>,
     /// Differences that are allowed and unwise, one sentence each: backend lists that differ, a profile that does not fit.
     pub warnings: Vec<String>,
     /// The members, by id.
@@ -46,6 +48,10 @@ pub struct MemberStatus {
     pub admin_address: Option<SocketAddr>,
     /// Digest of the view it has, as it last said; empty if not known.
     pub view_digest: String,
+    /// What it waits for: `to join`, `to leave`, `weight N`, or, of a member met after a partition, `to merge`.
+    pub waits: Option<String>,
+    /// While a change is planned: whether it has sent all it has to send for it.
+    pub ready: bool,
     /// Flows it holds, as it last said.
     pub flows: u64,
     /// Flows whose backup has not acknowledged them, as it last said: what its death would lose.

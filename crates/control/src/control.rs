@@ -9,13 +9,19 @@ use phalanx_flow::slots::RankedBackend;
 use phalanx_flow::table::RankingError;
 use phalanx_flow::{FlowEvent, FlowEventKind, FlowKey, FlowState, MemberId, MemberSlot, Record};
 use phalanx_forwarder::{Forwarder, InstallError, RowSet, Upserted};
-use phalanx_membership::{KeyRing, MemberState, MemberView, View};
+use phalanx_membership::{Digest, KeyRing, MemberState, MemberView, View};
 use phalanx_rebalancer::{
-    Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, PeerError, Policy, Ranking,
+    Ahead, Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, PeerError, Policy, Ranking,
     Replicator, ViewInput, changed_rows, former_entries, plan, plan_cache_offers, plan_refill,
 };
 
+use crate::change::{Consequence, Happening, Phase};
 use crate::planner::{Destinations, Planner, Service, TableChange};
+
+mod repair;
+
+use repair::Repair;
+pub use repair::{REPAIR_EVERY, RepairCounters};
 
 /// Events taken at once, so that a burst does not keep views and frames waiting.
 const EVENTS_AT_ONCE: usize = 16_384;
@@ -26,8 +32,8 @@ const LOST_EVENTS_EVERY: Duration = Duration::from_millis(250);
 /// Other members' transfers have had this long when a member drops what it holds no more.
 const SWEEP_AFTER: Duration = Duration::from_secs(1);
 
-/// How long a leaving member waits for its transfers and for the others to switch before it goes anyway, and how long it stays after
-/// that for packets that were on their way.
+/// How long a member that ranks no more waits for its transfers and for the others to switch before it goes anyway, and how long it
+/// stays after that for packets that were on their way.
 const LEAVE_AT_MOST: Duration = Duration::from_secs(10);
 const LEAVE_GRACE: Duration = Duration::from_millis(500);
 
@@ -61,6 +67,10 @@ pub enum Event {
     Slots(HashMap<MemberId, MemberSlot>),
     /// So many records go to other members because of a change.
     Planned(usize),
+    /// All that the pending view of this name moves has been sent: the membership is to report it.
+    ReadyFor(Digest),
+    /// The same, though these members do not acknowledge what they are sent.
+    StuckFor(Digest, Vec<MemberId>),
     /// The replicator has something to say.
     Replication(ReplicationEvent),
     /// Too much waited for a peer; it gets a table of so many records instead.
@@ -90,10 +100,14 @@ pub struct Control {
     view: Arc<View>,
     linger: Duration,
     window_opened: Option<Instant>,
-    /// When entries that neither the current table nor the one before gives us are to be dropped.
+    /// When entries that no table gives us are to be dropped.
     sweep_at: Option<Instant>,
     transferring: bool,
+    change: Phase,
+    repair: Repair,
     leaving_since: Option<Instant>,
+    /// Since when we rank no more.
+    unranked_since: Option<Instant>,
     ready_to_leave_at: Option<Instant>,
     left: bool,
     /// Until the first view: we go on with tables of an earlier process, which belong to this boot.
@@ -123,7 +137,10 @@ impl Control {
             window_opened: None,
             sweep_at: None,
             transferring: false,
+            change: Phase::Settled,
+            repair: Repair::default(),
             leaving_since: None,
+            unranked_since: None,
             ready_to_leave_at: None,
             left: false,
             resumed: None,
@@ -167,6 +184,11 @@ impl Control {
         self.leaving_since.is_some()
     }
 
+    /// How far we are with the planned change, if there is one.
+    pub const fn change(&self) -> Phase {
+        self.change
+    }
+
     /// Views since the start that changed who owns what.
     pub const fn view_changes(&self) -> u64 {
         self.view_changes
@@ -177,6 +199,8 @@ impl Control {
     /// Takes a view of the membership.
     pub fn handle_view(&mut self, now: Instant, view: Arc<View>) {
         let digest_changed = view.digest != self.view.digest;
+        let settled = !self.transferring && self.everybody_switched();
+        let dropped = self.view.pending.is_some() && view.pending != self.view.pending;
         self.view = Arc::clone(&view);
         let resumed = self.resumed.take();
         let own = view.get(self.settings.local);
@@ -187,8 +211,10 @@ impl Control {
                 self.events.push_back(Event::Unranked(error));
             }
         }
-        let change = match self.planner.set_view(&view) {
-            Ok(change) => change,
+        let tables = self.planner.set_view(&view, settled);
+        let (change, planned) = match tables.and_then(|change| Ok((change, self.planner.set_pending(&view)?)))
+        {
+            Ok(tables) => tables,
             Err(error) => return self.events.push_back(Event::Unranked(error)),
         };
         if digest_changed || change.is_some() {
@@ -200,13 +226,22 @@ impl Control {
         self.events.push_back(Event::Slots(slots));
         self.replicator.handle_view(now, self.view_input());
         if let Some(change) = change {
-            self.move_flows(&change, now);
+            self.switch(&change, now);
+        }
+        if let Some(planned) = planned {
+            self.send_tables(&planned, now);
+        }
+        if dropped {
+            // Entries that were sent for a change that is planned no more, if any, belong to nobody.
+            self.sweep_at = Some(now + SWEEP_AFTER);
         }
         if resumed.is_some() {
             // The earlier process may have died before it told anybody.
             self.find_missed(now);
         }
+        (self.change, _) = self.change.after(now, Happening::Pending(view.pending));
         self.pump(now);
+        self.report_if_due(now);
     }
 
     /// A stream to `peer` is open.
@@ -235,10 +270,12 @@ impl Control {
             self.replicator.handle_timeout(now);
         }
         self.pump(now);
+        self.report_if_due(now);
         self.find_missed_if_due(now);
         if self.planner.settle(now) {
             self.install();
         }
+        self.repair_if_due(now);
         self.close_window_if_due(now);
         self.sweep_if_due(now);
         self.leave_if_due(now);
@@ -337,7 +374,8 @@ impl Control {
         };
         ViewInput {
             ranking: self.planner.current(),
-            previous: self.planner.previous().map(|table| table as Arc<dyn Ranking>),
+            previous: self.planner.previous().map(|table| table as Arc<dyn Ranking>).collect(),
+            pending: self.planner.pending().map(|table| table as Arc<dyn Ranking>),
             live: of(&|_| true),
             suspects: of(&|member| member.liveness != Liveness::Alive),
             caches: of(&|member| member.metadata.cache),
@@ -346,10 +384,71 @@ impl Control {
         }
     }
 
+    /// A table has come into force: sends what it moves, unless that was done ahead, and opens the handover window.
+    fn switch(&mut self, change: &TableChange, now: Instant) {
+        if !change.was_planned {
+            self.send_tables(change, now);
+        }
+        self.protect_what_came_ahead(change);
+        if change.departed && self.settings.cache {
+            let cached = self.forwarder.flush_cache();
+            self.with_change(change, |this, change| {
+                this.replicator.begin_transfer(now, plan_cache_offers(change, cached.iter().copied()));
+            });
+            self.transferring = true;
+            if !self.settings.flush_on_leave {
+                self.forwarder.upsert_cache(&cached);
+            }
+        }
+        self.table_changed(now);
+        self.window_opened = self.planner.previous().next().map(|_| now);
+        self.sweep_at = Some(now + SWEEP_AFTER);
+    }
+
+    /// Flows that we own from now on and that were sent ahead: whoever sent them to us has sent them to our backup, or is it. The next
+    /// comparison finds those it refused.
+    fn protect_what_came_ahead(&self, change: &TableChange) {
+        let local = Some(self.settings.local);
+        let came_ahead = |row| {
+            change.was_planned
+                || change.ahead.as_ref().is_some_and(|ahead| ahead.ranking.holders(row).contains(&local))
+        };
+        let rows = (0..change.new.row_count()).filter(|&row| {
+            let holders = change.new.holders(row);
+            holders[0] == local && holders != change.old.holders(row) && came_ahead(row)
+        });
+        let rows = RowSet::from_rows(rows);
+        let mut ahead = Vec::new();
+        self.forwarder.visit(&rows, &mut |record| {
+            let protected = record.flags.has(phalanx_flow::FlowFlags::PROTECTED);
+            if record.birth != 0 && !protected && record.state != FlowState::HalfOpen {
+                ahead.push((record.key, record.birth, record.update));
+            }
+        });
+        for (key, birth, update) in ahead {
+            if !self.replicator.is_unprotected(&key) {
+                self.forwarder.protect(&key, birth, update);
+            }
+        }
+    }
+
     /// Sends our part of a change's transfer tables (claims 19 and 20).
-    fn move_flows(&mut self, table_change: &TableChange, now: Instant) {
+    fn send_tables(&mut self, change: &TableChange, now: Instant) {
         // What the forwarder recorded until now belongs to the tables that are sent.
         self.take_events(now);
+        self.with_change(change, |this, change| {
+            let rows = RowSet::from_rows(changed_rows(change));
+            let mut records = Vec::new();
+            this.forwarder.visit(&rows, &mut |record| records.push(*record));
+            let transfer = plan(change, records);
+            this.events.push_back(Event::Planned(transfer.len()));
+            this.replicator.begin_transfer(now, transfer);
+        });
+        self.transferring = true;
+    }
+
+    /// The change as the rebalancer sees it.
+    fn with_change(&mut self, table_change: &TableChange, act: impl FnOnce(&mut Self, &Change<'_>)) {
         let caches: BTreeSet<MemberId> =
             self.view.members.iter().filter(|member| member.metadata.cache).map(|member| member.id).collect();
         let change = Change {
@@ -358,29 +457,41 @@ impl Control {
             new: &*table_change.new,
             survivors: &table_change.survivors,
             caches: &caches,
+            ahead: table_change.ahead.as_ref().map(|sent| Ahead {
+                base: &*sent.base,
+                ranking: &*sent.ranking,
+                members: &sent.members,
+            }),
         };
-        let rows = RowSet::from_rows(changed_rows(&change));
-        let mut records = Vec::new();
-        self.forwarder.visit(&rows, &mut |record| records.push(*record));
-        let transfer = plan(&change, records);
-        self.events.push_back(Event::Planned(transfer.len()));
-        self.replicator.begin_transfer(now, transfer);
-        if table_change.departed && self.settings.cache {
-            let cached = self.forwarder.flush_cache();
-            self.replicator.begin_transfer(now, plan_cache_offers(&change, cached.iter().copied()));
-            if !self.settings.flush_on_leave {
-                self.forwarder.upsert_cache(&cached);
+        act(self, &change);
+    }
+
+    /// Says that we are ready for the pending view, once we are.
+    fn report_if_due(&mut self, now: Instant) {
+        let acked = self.replicator.transfers().map(|transfer| transfer.acked).sum();
+        let progress = Happening::Progress { done: !self.transferring, acked };
+        let (phase, consequence) = self.change.after(now, progress);
+        self.change = phase;
+        match consequence {
+            Consequence::Nothing => {}
+            Consequence::Report(name) => {
+                self.planner.pending_is_sent();
+                self.events.push_back(Event::ReadyFor(name));
+            }
+            Consequence::ReportStuck(name) => {
+                let stuck = self.replicator.transfers().map(|transfer| transfer.to).collect();
+                self.events.push_back(Event::StuckFor(name, stuck));
             }
         }
-        self.transferring = true;
-        self.window_opened = self.planner.previous().map(|_| now);
-        self.sweep_at = Some(now + SWEEP_AFTER);
     }
 
     /// The window closes when every active member has gossiped the new digest, our transfers are done, and one linger has passed.
     fn close_window_if_due(&mut self, now: Instant) {
         let Some(opened) = self.window_opened else { return };
         if now.duration_since(opened) < self.linger || self.transferring || !self.everybody_switched() {
+            return;
+        }
+        if !self.took_leave(now) {
             return;
         }
         self.window_opened = None;
@@ -391,7 +502,7 @@ impl Control {
         self.events.push_back(Event::WindowClosed(dropped));
     }
 
-    /// Two changes after it lost a row, a member is told nothing of its flows any more: what it still has of them goes when its transfers
+    /// A member that no table gives a row is told nothing of its flows any more: what it still has of them goes when its transfers
     /// are done, lest it be used when a client uses a tuple again.
     fn sweep_if_due(&mut self, now: Instant) {
         if self.sweep_at.is_some_and(|at| at <= now) && !self.transferring {
@@ -400,19 +511,19 @@ impl Control {
         }
     }
 
-    /// Drops the entries that neither the current table nor the one before gives us, and says how many.
+    /// Drops the entries that no table gives us, neither the current one, nor the pending one, nor one before; says how many.
     fn drop_former(&mut self) -> usize {
         let local = self.settings.local;
-        let (current, previous) = (self.planner.current(), self.planner.previous());
+        let tables: Vec<_> =
+            self.planner.previous().chain(self.planner.pending()).chain([self.planner.current()]).collect();
         let mut births = HashMap::new();
         self.forwarder.visit(&RowSet::All, &mut |record| {
             births.insert(record.key, record.birth);
         });
-        let former: Vec<FlowKey> = former_entries(local, &*current, births.keys().copied()).collect();
-        let former: Vec<FlowKey> = match &previous {
-            Some(previous) => former_entries(local, &**previous, former).collect(),
-            None => former,
-        };
+        let mut former: Vec<FlowKey> = births.keys().copied().collect();
+        for table in &tables {
+            former = former_entries(local, &**table, former).collect();
+        }
         for key in &former {
             self.forwarder.remove(key, births[key], Duration::ZERO);
         }
@@ -423,15 +534,22 @@ impl Control {
         self.view
             .members
             .iter()
-            .filter(|member| member.state == MemberState::Active && member.id != self.settings.local)
+            .filter(|member| member.is_in_force() && member.id != self.settings.local)
             .all(|member| member.view_digest == self.view.digest)
     }
 
     fn leave_if_due(&mut self, now: Instant) {
-        let Some(since) = self.leaving_since else { return };
-        let handed_over = !self.transferring && self.everybody_switched();
-        if (handed_over || now.duration_since(since) >= LEAVE_AT_MOST) && self.ready_to_leave_at.is_none() {
-            self.ready_to_leave_at = Some(now + LEAVE_GRACE);
+        if self.leaving_since.is_none() {
+            return;
+        }
+        let local = self.view.get(self.settings.local);
+        if local.is_some_and(|local| local.state == MemberState::Leaving) {
+            let since = *self.unranked_since.get_or_insert(now);
+            let handed_over = !self.transferring && self.everybody_switched();
+            if (handed_over || now.duration_since(since) >= LEAVE_AT_MOST) && self.ready_to_leave_at.is_none()
+            {
+                self.ready_to_leave_at = Some(now + LEAVE_GRACE);
+            }
         }
         if self.ready_to_leave_at.is_some_and(|at| at <= now) && !self.left {
             self.left = true;
@@ -508,13 +626,24 @@ impl Control {
     fn handle_replication(&mut self, event: ReplicationEvent, now: Instant) {
         match event {
             ReplicationEvent::AllDone => self.transferring = false,
+            ReplicationEvent::Digests { from, digests } => return self.handle_digests(from, digests),
+            ReplicationEvent::Differing { from, round, rows } => {
+                return self.handle_differing(from, round, rows);
+            }
             ReplicationEvent::Overflow { peer } => {
                 let mut records = Vec::new();
                 self.forwarder.visit(&RowSet::All, &mut |record| records.push(*record));
-                let refill = plan_refill(&*self.planner.current(), peer, records);
-                self.events.push_back(Event::Refilled(peer, refill.len()));
+                // Also what it is to hold once a planned change is in force.
+                let tables: Vec<_> =
+                    [self.planner.current()].into_iter().chain(self.planner.pending()).collect();
+                let mut records_sent = 0;
+                for table in tables {
+                    let refill = plan_refill(&*table, peer, records.iter().copied());
+                    records_sent += refill.len();
+                    self.replicator.begin_transfer(now, refill);
+                }
+                self.events.push_back(Event::Refilled(peer, records_sent));
                 self.transferring = true;
-                self.replicator.begin_transfer(now, refill);
             }
             _ => {}
         }
@@ -613,3 +742,6 @@ pub fn forget_flows(forwarder: &dyn Forwarder) {
 fn longest_linger(planner: &Planner) -> Duration {
     planner.services().map(|service| service.linger).max().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,7 +12,7 @@ use phalanx_flow::slots::{BackendTable, RankedBackend};
 use phalanx_flow::table::{BackupSite, RankedMember, RankingError, RowTable};
 use phalanx_flow::{BackendId, BackendIndex, FlowKey, FlowSeed, MemberId, MemberSlot, Row, flow_hash};
 use phalanx_forwarder::{Handoff, Plan, PlanBackend, PlanMember, PlanService, SlotSet};
-use phalanx_membership::{KeyRing, View};
+use phalanx_membership::{KeyRing, MemberView, View};
 use phalanx_rebalancer::{Ranking, Survivors};
 use serde::{Deserialize, Serialize};
 use siphasher::sip::SipHasher24;
@@ -126,6 +126,10 @@ pub struct TableChange {
     pub survivors: Survivors,
     /// Whether somebody who owned rows has left.
     pub departed: bool,
+    /// The change was planned, and what it moves has been, or is being, sent for the pending table.
+    pub was_planned: bool,
+    /// What we have sent whole for a pending table before.
+    pub ahead: Option<SentAhead>,
 }
 
 /// What a planner needs to go on where another one, of an earlier process, has ended.
@@ -138,6 +142,36 @@ pub struct Snapshot {
     /// Digest of the view.
     pub view_digest: u64,
 }
+
+/// See [`phalanx_rebalancer::Ahead`].
+pub struct SentAhead {
+    /// The table that was in force when it was sent.
+    pub base: Arc<TableRanking>,
+    /// The pending table.
+    pub ranking: Arc<TableRanking>,
+    /// Who still has what it was sent.
+    pub members: BTreeSet<MemberId>,
+}
+
+/// The table of the pending view.
+struct Pending {
+    base: Arc<TableRanking>,
+    ranking: Arc<TableRanking>,
+    boots: BTreeMap<MemberId, u64>,
+    /// All that it moves has been sent by us.
+    sent: bool,
+}
+
+/// A table that was in force.
+struct Past {
+    ranking: Arc<TableRanking>,
+    rows: Arc<[Row]>,
+    /// When it was left, everybody had switched to it and we had sent all it moved.
+    was_settled: bool,
+}
+
+/// Earlier tables that still count, at most: a cluster that changes faster than its windows close forgets the oldest.
+const MAX_PAST: usize = 4;
 
 struct ServicePlan {
     config: Service,
@@ -156,7 +190,9 @@ pub struct Planner {
     members: Vec<PlanMember>,
     current: Arc<TableRanking>,
     rows: Arc<[Row]>,
-    previous: Option<(Arc<TableRanking>, Arc<[Row]>)>,
+    /// Oldest first, while the handover window is open.
+    past: Vec<Past>,
+    pending: Option<Pending>,
     boots: BTreeMap<MemberId, u64>,
     view_digest: u64,
 }
@@ -176,7 +212,8 @@ impl Planner {
             backend_indexes: HashMap::new(),
             members: vec![local],
             rows,
-            previous: None,
+            past: Vec::new(),
+            pending: None,
             boots: BTreeMap::new(),
             view_digest: 0,
         })
@@ -199,8 +236,9 @@ impl Planner {
 
     /// Takes over a view. `Some` if who owns what changed, or if somebody lost its flow table.
     ///
-    /// The old table stays as the previous one: the handover window is open until [`Self::close_window`].
-    pub fn set_view(&mut self, view: &View) -> Result<Option<TableChange>, RankingError> {
+    /// The old table stays as a previous one: the handover window is open until [`Self::close_window`]. `settled`: everybody has
+    /// switched to the old table, and we have sent all it moved. [`Self::set_pending`] must follow.
+    pub fn set_view(&mut self, view: &View, settled: bool) -> Result<Option<TableChange>, RankingError> {
         for member in &mut self.members {
             member.liveness = Liveness::Down;
         }
@@ -219,14 +257,8 @@ impl Planner {
         }
         self.view_digest = view.digest.0;
 
-        let ranked: Vec<RankedMember> = view
-            .ranked()
-            .map(|member| RankedMember {
-                id: member.id,
-                weight: member.metadata.weight,
-                site: site_number(&member.metadata.site),
-            })
-            .collect();
+        let ranked: Vec<RankedMember> =
+            view.ranked().map(|member| ranked_member(member, member.metadata.weight)).collect();
         let boots: BTreeMap<MemberId, u64> = view.ranked().map(|member| (member.id, member.boot)).collect();
         let old_members = self.current.table.members();
         if same_members(&old_members, &ranked) && boots == self.boots {
@@ -252,18 +284,81 @@ impl Planner {
             Arc::clone(&self.current)
         };
         let table = self.row_table(&ranked)?;
+        let was_planned = self.pending.as_ref().is_some_and(|pending| {
+            pending.boots == boots && same_members(&pending.ranking.table.members(), &ranked)
+        });
+        let ahead = self.ahead(view);
         self.boots = boots;
         self.current = Arc::new(TableRanking { table, seed: self.fixed.seed });
         self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
-        let old_rows = old.table.to_rows(|id| self.slot_of(id)).into();
-        self.previous = (!old.table.members().is_empty()).then(|| (Arc::clone(&old), old_rows));
+        if !old.table.members().is_empty() {
+            let rows = old.table.to_rows(|id| self.slot_of(id)).into();
+            self.past.push(Past { ranking: Arc::clone(&old), rows, was_settled: settled || first });
+            if self.past.len() > MAX_PAST {
+                self.past.remove(0);
+            }
+        }
         // A newcomer's own idea of who was blank before it came is wrong: only it is.
         let survivors = if first {
             Survivors { blank: BTreeSet::from([self.fixed.local]), ..survivors }
         } else {
             survivors
         };
-        Ok(Some(TableChange { old, new: Arc::clone(&self.current), survivors, departed }))
+        let new = Arc::clone(&self.current);
+        Ok(Some(TableChange { old, new, survivors, departed, was_planned, ahead }))
+    }
+
+    /// Takes over what of the view is pending. `Some`, the change to come, if something is to be sent for it.
+    ///
+    /// Until a change is in force, the pending table only says who else is told of flows.
+    pub fn set_pending(&mut self, view: &View) -> Result<Option<TableChange>, RankingError> {
+        if view.pending.is_none() {
+            self.pending = None;
+            return Ok(None);
+        }
+        let wanted: Vec<RankedMember> =
+            view.pending_ranked().map(|(member, weight)| ranked_member(member, weight)).collect();
+        let boots: BTreeMap<MemberId, u64> =
+            view.pending_ranked().map(|(member, _)| (member.id, member.boot)).collect();
+        if let Some(pending) = &self.pending
+            && pending.boots == boots
+            && same_members(&pending.ranking.table.members(), &wanted)
+        {
+            return Ok(None);
+        }
+        let table = self.row_table(&wanted)?;
+        let new = Arc::new(TableRanking { table, seed: self.fixed.seed });
+        let blank = view.members.iter().filter(|member| self.boots.get(&member.id) != Some(&member.boot));
+        let change = TableChange {
+            old: Arc::clone(&self.current),
+            new: Arc::clone(&new),
+            survivors: Survivors {
+                live: view.members.iter().map(|member| member.id).collect(),
+                blank: blank.map(|member| member.id).collect(),
+            },
+            departed: false,
+            was_planned: false,
+            ahead: self.ahead(view),
+        };
+        self.pending = Some(Pending { base: Arc::clone(&self.current), ranking: new, boots, sent: false });
+        Ok(Some(change))
+    }
+
+    /// All that the pending table moves has been sent by us, and is kept up to date.
+    pub fn pending_is_sent(&mut self) {
+        if let Some(pending) = &mut self.pending {
+            pending.sent = true;
+        }
+    }
+
+    fn ahead(&self, view: &View) -> Option<SentAhead> {
+        let pending = self.pending.as_ref().filter(|pending| pending.sent)?;
+        let same = view.members.iter().filter(|member| pending.boots.get(&member.id) == Some(&member.boot));
+        Some(SentAhead {
+            base: Arc::clone(&pending.base),
+            ranking: Arc::clone(&pending.ranking),
+            members: same.map(|member| member.id).collect(),
+        })
     }
 
     /// What is in force, for [`Self::restore`]. `None` while the local member does not rank: then nothing of it is worth going on with.
@@ -313,7 +408,8 @@ impl Planner {
         self.view_digest = snapshot.view_digest;
         self.current = Arc::new(TableRanking { table: Arc::new(table), seed: self.fixed.seed });
         self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
-        self.previous = None;
+        self.past.clear();
+        self.pending = None;
         Ok(())
     }
 
@@ -334,12 +430,27 @@ impl Planner {
 
     /// Ends the handover window.
     pub fn close_window(&mut self) {
-        self.previous = None;
+        self.past.clear();
     }
 
-    /// The table before, while the handover window is open.
-    pub fn previous(&self) -> Option<Arc<TableRanking>> {
-        self.previous.as_ref().map(|(ranking, _)| Arc::clone(ranking))
+    /// The tables before, oldest first, while the handover window is open.
+    pub fn previous(&self) -> impl Iterator<Item = Arc<TableRanking>> {
+        self.past.iter().map(|past| Arc::clone(&past.ranking))
+    }
+
+    /// The table of the pending view, while a change is planned.
+    pub fn pending(&self) -> Option<Arc<TableRanking>> {
+        self.pending.as_ref().map(|pending| Arc::clone(&pending.ranking))
+    }
+
+    /// The table whose holders are asked for flows that the present ones do not know, while the handover window is open.
+    pub fn asked(&self) -> Option<Arc<TableRanking>> {
+        self.asked_past().map(|past| Arc::clone(&past.ranking))
+    }
+
+    /// The last table that had come to rest, whose holders had got all there was; if there is none, the oldest.
+    fn asked_past(&self) -> Option<&Past> {
+        self.past.iter().rev().find(|past| past.was_settled).or(self.past.first())
     }
 
     /// The table in force.
@@ -471,7 +582,7 @@ impl Planner {
             row_function: self.current.table.row_function(),
             members: self.members.clone(),
             rows: Arc::clone(&self.rows),
-            previous: self.previous.as_ref().map(|(_, rows)| Arc::clone(rows)),
+            previous: self.asked_past().map(|past| Arc::clone(&past.rows)),
             view_digest: self.view_digest,
             handoff: self.fixed.handoff,
             services: self.services.iter().map(|plan| self.plan_service(plan)).collect(),
@@ -511,6 +622,10 @@ impl Planner {
             .position(|member| member.id == id)
             .map_or(MemberSlot::NONE, |at| MemberSlot(at as u16))
     }
+}
+
+fn ranked_member(member: &MemberView, weight: u32) -> RankedMember {
+    RankedMember { id: member.id, weight, site: site_number(&member.metadata.site) }
 }
 
 fn same_members(old: &[RankedMember], new: &[RankedMember]) -> bool {

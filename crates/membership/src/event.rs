@@ -42,6 +42,9 @@ pub enum Event {
     MemberChanged(MemberId),
     /// What ranks has changed.
     ViewChanged(Digest),
+    /// A change is planned, under this name, or another one, or none any more: [`crate::View::pending`]. Once this member has sent
+    /// all it has to send, [`crate::Membership::report_done`].
+    PendingChanged(Option<Digest>),
     /// Our own state has changed.
     StateChanged(MemberState),
     /// The others have been told that we have gone; nothing comes out any more.
@@ -105,6 +108,8 @@ pub enum Warning {
     },
     /// Gossip reaches it but the hand-off echo does not.
     EchoFails(MemberId),
+    /// We have waited for it too long, and went on with a planned change without its word.
+    NotReady(MemberId),
     /// We suspect half of the others or more, and so rather ourselves.
     DistrustsItself,
 }
@@ -131,6 +136,10 @@ impl fmt::Display for Warning {
             Self::EchoFails(id) => write!(
                 f,
                 "gossip reaches member {id} but hand-off packets do not come back: check its forwarder and the path's MTU and filters"
+            ),
+            Self::NotReady(id) => write!(
+                f,
+                "member {id} has not said for too long that it is ready for a planned change, which was made without its word: look at its log"
             ),
             Self::DistrustsItself => {
                 write!(

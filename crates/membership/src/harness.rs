@@ -78,6 +78,8 @@ pub struct Cluster {
     pub network: Network,
     /// Whether push-pull streams work. Default true.
     pub push_pull: bool,
+    /// Whether members report at once that they are ready for a pending view, as if they had no flows. Default true.
+    pub ready: bool,
     /// If `Some`, every datagram sent is kept here.
     pub tap: Option<Vec<Datagram>>,
     now: Instant,
@@ -121,6 +123,7 @@ impl Cluster {
             nodes: Vec::new(),
             network,
             push_pull: true,
+            ready: true,
             tap: None,
             now: epoch,
             rng: StdRng::seed_from_u64(seed),
@@ -250,6 +253,7 @@ impl Cluster {
         running.into_iter().all(|membership| {
             let view = membership.view();
             membership.state() == MemberState::Active
+                && view.pending.is_none()
                 && *digest.get_or_insert(view.digest) == view.digest
                 && view.members.len() == count
                 && view.members.iter().all(|member| {
@@ -345,6 +349,9 @@ impl Cluster {
         let Some(membership) = &mut entry.membership else { return };
         let from = membership.identity().address;
         while let Some(event) = membership.poll_event() {
+            if let (Event::PendingChanged(Some(name)), true) = (&event, self.ready) {
+                membership.report_done(now, *name);
+            }
             if let Event::PushPull { address, .. } = event {
                 wishes.push(address);
             } else {

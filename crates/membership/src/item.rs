@@ -25,6 +25,7 @@ pub const MAX_ITEMS: usize = 8192;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metadata {
     /// Its share relative to the others'; 0 is a director, which dispatches and never owns.
+    /// A driver says the weight it wants; in a view it is the one in force, and [`crate::MemberView::wish`] the one wanted.
     pub weight: u32,
     /// Where it stands; at most [`MAX_NAME_BYTES`] bytes.
     pub site: String,
@@ -93,12 +94,29 @@ pub enum MemberState {
     Leaving,
 }
 
+/// What a member asks to become; it is so when every active member has sent what follows from it, and the member says so itself
+/// (docs/design/0006-planned-changes.md).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Wish {
+    /// To be active, or to be so no more: a join or a new weight, or a leave.
+    pub active: bool,
+    /// With this weight.
+    pub weight: u32,
+    /// No two wishes of one boot have the same, so that a wish made again is a change of its own.
+    pub serial: u64,
+}
+
 /// One member's word on itself, as it travels.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Item {
     pub(crate) head: ItemHead,
     pub(crate) state: MemberState,
+    /// The serial of the wish that is in force.
+    pub(crate) serial: u64,
+    pub(crate) wish: Option<Wish>,
     pub(crate) view_digest: Digest,
+    /// The pending view for which this member has sent all it has to send; 0: none.
+    pub(crate) done: Digest,
     pub(crate) metadata: Metadata,
 }
 
@@ -133,7 +151,10 @@ impl foca::Invalidates for ItemHead {
 pub(crate) struct Known {
     pub(crate) head: ItemHead,
     pub(crate) state: MemberState,
+    pub(crate) serial: u64,
+    pub(crate) wish: Option<Wish>,
     pub(crate) view_digest: Digest,
+    pub(crate) done: Digest,
     pub(crate) metadata: Arc<Metadata>,
     pub(crate) bytes: Arc<[u8]>,
 }
@@ -202,7 +223,10 @@ impl Items {
             Known {
                 head,
                 state: item.state,
+                serial: item.serial,
+                wish: item.wish,
                 view_digest: item.view_digest,
+                done: item.done,
                 metadata: Arc::new(item.metadata),
                 bytes: bytes.into(),
             },

@@ -22,7 +22,7 @@ pub mod wire;
 pub use config::{Config, ConfigError, Digest, Shared, SharedField, Timing};
 pub use event::{Counters, DownReason, Event, Transmit, Warning};
 pub use identity::Identity;
-pub use item::{MemberState, Metadata};
+pub use item::{MemberState, Metadata, Wish};
 pub use membership::{Input, Membership};
 pub use seal::{KeyError, KeyRing};
 pub use view::{MemberView, View};

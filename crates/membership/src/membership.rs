@@ -15,12 +15,13 @@ use crate::{
     config::{Config, ConfigError, Digest, Shared, SharedField, timing_digest},
     event::{Counters, Event, Transmit, Warning},
     identity::Identity,
-    item::{Board, MemberState, Metadata},
+    item::{Board, MemberState, Metadata, Wish},
     seal::{KeyRing, Life, Seal},
     view::View,
     wire::{KIND_CONTROL, KIND_FOCA, MAX_PUSH_PULL_MEMBERS, PushPull, PushPullError},
 };
 
+mod change;
 mod join;
 mod publish;
 mod refresh;
@@ -60,20 +61,22 @@ const SLOW_ANSWERS: u8 = 8;
 /// Who is in the cluster.
 ///
 /// ```text
-///             seeds answer and the cluster is known,
+///             seeds answer, the cluster is known, and it has made ready for us,
 ///             or nobody is active and ours is the lowest id
 ///   Joining ------------------------------------------------> Active
-///      |                                                         | begin_leave
-///      |                        leave                            v
+///      |                                                         | begin_leave, and the others have made ready,
+///      |                   begin_leave, leave                    v or leave
 ///      '----------------------------------------------------> Leaving ---> left (Event::Left)
 /// ```
+/// What planned changes wait for is drawn in `membership/change.rs`.
 ///
 /// - Getters: [`view`](Self::view), [`identity`](Self::identity), [`state`](Self::state),
 ///   [`is_resuming`](Self::is_resuming), [`lease_valid_until`](Self::lease_valid_until), [`counters`](Self::counters).
 /// - Inputs: `handle_*`; each takes the time, which must not go backwards.
 /// - Commands: [`update_metadata`](Self::update_metadata), [`set_keys`](Self::set_keys), [`set_shared`](Self::set_shared),
 ///   [`change_address`](Self::change_address), [`set_forwarder_alive`](Self::set_forwarder_alive), [`activate`](Self::activate),
-///   [`begin_leave`](Self::begin_leave), [`leave`](Self::leave), [`push_pull_request`](Self::push_pull_request).
+///   [`begin_leave`](Self::begin_leave), [`leave`](Self::leave), [`report_done`](Self::report_done),
+///   [`push_pull_request`](Self::push_pull_request).
 /// - Outputs: after each input or command, [`poll_event`](Self::poll_event) and [`poll_transmit`](Self::poll_transmit) until `None`,
 ///   then [`poll_timeout`](Self::poll_timeout).
 #[derive(Debug)]
@@ -95,6 +98,15 @@ pub struct Membership {
     counters: Counters,
 
     state: MemberState,
+    /// Weight and serial in force, and what we wish instead.
+    weight: u32,
+    serial: u64,
+    wish: Option<Wish>,
+    /// The pending view for which we have sent all we have to send.
+    done: Digest,
+    waiting: change::Waiting,
+    /// Members of our side, by boot: see [`crate::MemberView::admitted`].
+    met: BTreeMap<MemberId, u64>,
     departed: bool,
     started: Instant,
     version: u64,
@@ -162,6 +174,10 @@ pub enum Input {
     Metadata(Metadata),
     /// [`Membership::leave`].
     Leave,
+    /// [`Membership::begin_leave`].
+    BeginLeave,
+    /// [`Membership::report_done`].
+    Done(Digest),
 }
 
 impl Membership {
@@ -191,6 +207,12 @@ impl Membership {
             events: VecDeque::new(),
             counters: Counters::default(),
             state: MemberState::Joining,
+            weight: 0,
+            serial: 0,
+            wish: None,
+            done: Digest::default(),
+            waiting: change::Waiting::default(),
+            met: BTreeMap::new(),
             departed: false,
             started: now,
             version: 0,
@@ -269,6 +291,8 @@ impl Membership {
             // Likewise: metadata too long changes nothing.
             Input::Metadata(metadata) => drop(self.update_metadata(now, metadata)),
             Input::Leave => self.leave(now),
+            Input::BeginLeave => self.begin_leave(now),
+            Input::Done(name) => self.report_done(now, name),
         }
     }
 
@@ -326,11 +350,13 @@ impl Membership {
         self.settle(now);
     }
 
-    /// Says something new of ourselves. Counters are told with the next ID message, everything else at once.
+    /// Says something new of ourselves. Counters are told with the next ID message, everything else at once; another weight is a
+    /// planned change, and in force when the others have made ready for it.
     pub fn update_metadata(&mut self, now: Instant, metadata: Metadata) -> Result<(), ConfigError> {
         metadata.validate()?;
         self.publish_soon |= self.config.metadata.differs_from(&metadata);
         self.config.metadata = metadata;
+        self.wish_weight(now);
         self.publish_if_due(now);
         self.settle(now);
         Ok(())
@@ -380,27 +406,36 @@ impl Membership {
         }
     }
 
-    /// Turns active, if [`Config::hold_joining`] kept it from doing so by itself.
+    /// Turns active at once, asking nobody, if [`Config::hold_joining`] kept it from doing so by itself.
     pub fn activate(&mut self, now: Instant) {
         if self.state == MemberState::Joining {
-            self.enter(now, MemberState::Active);
+            self.activate_alone(now);
             self.settle(now);
         }
     }
 
-    /// Stops ranking, and stays to hand over what it holds.
+    /// Asks to rank no more, and stays to hand over what it holds. [`Event::StateChanged`] says when the others have made ready.
     pub fn begin_leave(&mut self, now: Instant) {
-        if self.state != MemberState::Leaving {
-            self.enter(now, MemberState::Leaving);
-            self.settle(now);
+        match self.state {
+            MemberState::Joining => {
+                self.wish = None;
+                self.enter(now, MemberState::Leaving);
+            }
+            MemberState::Active if self.wish.is_none_or(|wish| wish.active) => self.wish_to_leave(now),
+            MemberState::Active | MemberState::Leaving => return,
         }
+        self.settle(now);
     }
 
     /// Goes. [`Event::Left`] comes when the others have been told.
     pub fn leave(&mut self, now: Instant) {
         // Who leaves says so, whatever became of its forwarder.
         self.set_forwarder_alive(now, true);
-        self.begin_leave(now);
+        if self.state != MemberState::Leaving {
+            self.wish = None;
+            self.enter(now, MemberState::Leaving);
+            self.settle(now);
+        }
         // The word that we leave goes ahead of the word that we are down, so that the others know the reason.
         self.drive(now, |swim, io| swim.gossip(io));
         self.schedule(now + self.config.timing.gossip_interval * LEAVE_AHEAD, Task::Leave(0));

@@ -34,7 +34,7 @@ const MAX_SENDERS: usize = 8192;
 /// Most keys in a ring: rotating needs two.
 pub const MAX_KEYS: usize = 8;
 
-const MAGIC: [u8; 4] = *b"PX\x01\x00";
+const MAGIC: [u8; 4] = *b"PX\x02\x00";
 
 /// The cluster keys. The first one seals, all of them open, so that keys rotate without downtime: append the new key everywhere,
 /// then move it to the front everywhere, then remove the old one everywhere.

@@ -6,7 +6,7 @@ use phalanx_flow::{MemberId, member::Liveness};
 
 use crate::{
     config::Digest,
-    item::{MemberState, Metadata},
+    item::{MemberState, Metadata, Wish},
 };
 
 /// The members that are not confirmed down, this one included, sorted by id.
@@ -14,9 +14,11 @@ use crate::{
 pub struct View {
     /// Sorted by id; the local member is among them.
     pub members: Vec<MemberView>,
-    /// Digest of (id, boot, weight, site) of the active members: what ranks. Equal on all members that agree on it,
+    /// Digest of (id, boot, weight, serial, site) of the active members: what ranks. Equal on all members that agree on it,
     /// in whatever order they learned it.
     pub digest: Digest,
+    /// While a change is planned: the digest this view will have once all that is wished is in force. It names the pending view.
+    pub pending: Option<Digest>,
     /// This member suspects too many at once to trust its own judgement, so every [`MemberView::liveness`] is `Alive`.
     pub distrusts_itself: bool,
 }
@@ -36,6 +38,15 @@ pub struct MemberView {
     pub state: MemberState,
     /// What it says of itself; defaults (weight 0) until known.
     pub metadata: Arc<Metadata>,
+    /// The serial of the wish that is in force.
+    pub serial: u64,
+    /// What it wants to become.
+    pub wish: Option<Wish>,
+    /// Whether it belongs to our side. Active members of another side, met when a partition heals, rank when both sides have
+    /// sent each other what they hold.
+    pub admitted: bool,
+    /// The pending view for which it has sent all it has to send; 0: none.
+    pub done: Digest,
     /// Whether `metadata` is its own word.
     pub known: bool,
     /// The digest of the view it had when it last spoke: who has switched.
@@ -51,7 +62,35 @@ pub struct MemberView {
 impl MemberView {
     /// Whether it owns rows.
     pub fn ranks(&self) -> bool {
-        self.state == MemberState::Active && self.metadata.weight > 0
+        self.is_in_force() && self.metadata.weight > 0
+    }
+
+    /// Whether it is active, on our side.
+    pub fn is_in_force(&self) -> bool {
+        self.state == MemberState::Active && self.admitted
+    }
+
+    /// The weight it has in the pending view; `None` if it is not active there.
+    pub fn pending_weight(&self) -> Option<u32> {
+        self.wanted().map(|(weight, _)| weight)
+    }
+
+    /// What the member is to be when all wishes are in force: weight and serial.
+    fn wanted(&self) -> Option<(u32, u64)> {
+        match (self.state, self.wish) {
+            (MemberState::Leaving, _) | (MemberState::Joining, None) => None,
+            (_, Some(wish)) => wish.active.then_some((wish.weight, wish.serial)),
+            (MemberState::Active, None) => Some((self.metadata.weight, self.serial)),
+        }
+    }
+
+    fn in_force(&self) -> Option<(u32, u64)> {
+        self.is_in_force().then_some((self.metadata.weight, self.serial))
+    }
+
+    /// Whether it has sent all it has to send for the pending view `name`, or has switched to it.
+    pub fn is_ready_for(&self, name: Digest) -> bool {
+        self.done == name || self.view_digest == name
     }
 }
 
@@ -64,6 +103,13 @@ impl View {
     /// The members that own rows: active, weight above 0.
     pub fn ranked(&self) -> impl Iterator<Item = &MemberView> {
         self.members.iter().filter(|member| member.ranks())
+    }
+
+    /// The members that will own rows in the pending view, with their weights there.
+    pub fn pending_ranked(&self) -> impl Iterator<Item = (&MemberView, u32)> {
+        self.members
+            .iter()
+            .filter_map(|member| Some((member, member.pending_weight().filter(|weight| *weight > 0)?)))
     }
 
     /// Sorts, decides whether to believe the suspicions, and computes the digest.
@@ -83,8 +129,15 @@ impl View {
                 Liveness::Alive
             };
         }
-        let digest = digest(&members);
-        Self { members, digest, distrusts_itself }
+        let mut view = Self { members, digest: Digest::default(), pending: None, distrusts_itself };
+        view.compute_digests();
+        view
+    }
+
+    fn compute_digests(&mut self) {
+        self.digest = digest(&self.members, MemberView::in_force);
+        let pending = digest(&self.members, MemberView::wanted);
+        self.pending = (pending != self.digest).then_some(pending);
     }
 
     /// Takes in what member `after.id` says anew of itself; returns what it said before, if that differs. Its liveness stays.
@@ -92,10 +145,10 @@ impl View {
         let at = self.members.binary_search_by_key(&after.id, |member| member.id).ok()?;
         let member = self.members.get_mut(at)?;
         let after = MemberView { liveness: member.liveness, ..after };
-        let rank = |of: &MemberView| (of.state == MemberState::Active, of.metadata.weight);
+        let rank = |of: &MemberView| (of.in_force(), of.wanted());
         let before = std::mem::replace(member, after);
         if rank(&before) != rank(member) || before.metadata.site != member.metadata.site {
-            self.digest = digest(&self.members);
+            self.compute_digests();
         }
         self.members.get(at).map(|after| (before, after))
     }
@@ -109,12 +162,14 @@ pub(crate) const fn distrusts_itself(others: usize, doubted: usize) -> bool {
     doubted >= 2 && doubted * 2 >= others
 }
 
-fn digest(members: &[MemberView]) -> Digest {
-    let mut bytes = Vec::with_capacity(members.len() * 24);
-    for member in members.iter().filter(|member| member.state == MemberState::Active) {
+fn digest(members: &[MemberView], ranked: impl Fn(&MemberView) -> Option<(u32, u64)>) -> Digest {
+    let mut bytes = Vec::with_capacity(members.len() * 32);
+    for member in members {
+        let Some((weight, serial)) = ranked(member) else { continue };
         bytes.extend_from_slice(&member.id.0.to_be_bytes());
         bytes.extend_from_slice(&member.boot.to_be_bytes());
-        bytes.extend_from_slice(&member.metadata.weight.to_be_bytes());
+        bytes.extend_from_slice(&weight.to_be_bytes());
+        bytes.extend_from_slice(&serial.to_be_bytes());
         // The length first, so that no two lists of members encode alike. MAX_NAME_BYTES fits.
         bytes.extend_from_slice(&(member.metadata.site.len() as u32).to_be_bytes());
         bytes.extend_from_slice(member.metadata.site.as_bytes());
@@ -135,6 +190,10 @@ mod tests {
             state: MemberState::Active,
             metadata: Arc::new(Metadata { weight: 1, ..Metadata::default() }),
             known: true,
+            serial: 1,
+            wish: None,
+            admitted: true,
+            done: Digest(0),
             view_digest: Digest(0),
             liveness: Liveness::Alive,
             suspected: false,
@@ -162,10 +221,52 @@ mod tests {
             MemberView { metadata: metadata(2, ""), ..member(2) },
             MemberView { metadata: metadata(1, "a"), ..member(2) },
             MemberView { state: MemberState::Leaving, ..member(2) },
+            MemberView { serial: 2, ..member(2) },
+            MemberView { admitted: false, ..member(2) },
             member(3),
         ] {
             assert_ne!(View::new(vec![member(1), changed], MemberId(1)).digest, base);
         }
+    }
+
+    #[test]
+    fn the_pending_view_is_named_by_the_digest_it_will_have() {
+        let wish = |active, weight, serial| Some(Wish { active, weight, serial });
+        let joiner = MemberView { state: MemberState::Joining, wish: wish(true, 5, 7), ..member(3) };
+        let leaver = MemberView { wish: wish(false, 1, 8), ..member(2) };
+        let heavier = MemberView { wish: wish(true, 9, 9), ..member(1) };
+        let before = View::new(vec![heavier, leaver, joiner.clone()], MemberId(1));
+        assert_eq!(before.digest, View::new(vec![member(1), member(2)], MemberId(1)).digest);
+        let pending: Vec<_> = before.pending_ranked().map(|(member, weight)| (member.id.0, weight)).collect();
+        assert_eq!(pending, [(1, 9), (3, 5)]);
+
+        let with = |id, weight, serial| MemberView {
+            metadata: Arc::new(Metadata { weight, ..Metadata::default() }),
+            serial,
+            ..member(id)
+        };
+        let after = View::new(vec![with(1, 9, 9), with(3, 5, 7)], MemberId(1));
+        assert_eq!(before.pending, Some(after.digest));
+        assert_eq!(after.pending, None);
+        // One of them has switched, and the name of the pending view is the same still.
+        let between = View::new(vec![with(1, 9, 9), member(2), joiner], MemberId(1));
+        assert_ne!(between.pending, before.pending, "the leave was not wished here");
+        let leaving = MemberView { state: MemberState::Leaving, ..member(2) };
+        let joiner = MemberView { state: MemberState::Joining, wish: wish(true, 5, 7), ..member(3) };
+        let between = View::new(vec![with(1, 9, 9), leaving, joiner], MemberId(1));
+        assert_eq!(between.pending, before.pending);
+    }
+
+    #[test]
+    fn who_waits_without_a_wish_or_leaves_is_in_no_pending_view() {
+        let idle = MemberView { state: MemberState::Joining, ..member(2) };
+        let gone = MemberView { state: MemberState::Leaving, ..member(3) };
+        assert_eq!(View::new(vec![member(1), idle, gone], MemberId(1)).pending, None);
+        // The twin: a member of another side is.
+        let foreign = MemberView { admitted: false, ..member(2) };
+        let view = View::new(vec![member(1), foreign], MemberId(1));
+        assert_eq!(view.pending, Some(View::new(vec![member(1), member(2)], MemberId(1)).digest));
+        assert_eq!(view.ranked().count(), 1);
     }
 
     #[test]

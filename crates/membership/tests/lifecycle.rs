@@ -295,16 +295,18 @@ fn a_restart_with_state_is_the_same_member() {
     for pause in [Duration::ZERO, Duration::from_millis(500)] {
         for seed in 0..10 {
             let mut cluster = settled(5, seed);
-            let before = cluster.membership(0).unwrap().view().digest;
+            let ranked = |cluster: &Cluster| {
+                let view = cluster.membership(0).unwrap().view();
+                view.ranked().map(|member| (member.id, member.boot)).collect::<Vec<_>>()
+            };
+            let before = ranked(&cluster);
             cluster.kill(4);
             cluster.run_for(pause);
             cluster.start(4, adopted(5)).unwrap();
             settles(&mut cluster, 5 * SECOND);
             cluster.run_for(5 * SECOND);
             assert!(!said(&cluster, 0..5, down), "pause {pause:?} seed {seed}");
-            let view = cluster.membership(0).unwrap().view();
-            assert_eq!(view.digest, before);
-            assert_eq!(view.get(MemberId(5)).unwrap().boot, 1);
+            assert_eq!(ranked(&cluster), before);
         }
     }
 }
@@ -614,7 +616,8 @@ fn every_command_in_every_state_leads_where_the_diagram_says() {
     ];
     let table = [
         (Joining, [Active, Leaving, Leaving, Joining]),
-        (Active, [Active, Leaving, Leaving, Active]),
+        // A leave is planned: its own word that it has sent what it holds is still missing, and is given below.
+        (Active, [Active, Active, Leaving, Active]),
         (Leaving, [Leaving, Leaving, Leaving, Leaving]),
     ];
     for (from, expected) in table {
@@ -629,6 +632,12 @@ fn every_command_in_every_state_leads_where_the_diagram_says() {
             assert_eq!(membership.state(), from);
             command(&mut membership, now);
             assert_eq!(membership.state(), expected, "{name} in {from:?}");
+            if let Some(pending) = membership.view().pending {
+                membership.report_done(now, Digest(pending.0 ^ 1));
+                assert_eq!(membership.state(), expected, "done with something else");
+                membership.report_done(now, pending);
+                assert_eq!(membership.state(), Leaving, "done");
+            }
         }
     }
 }

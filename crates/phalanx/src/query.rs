@@ -51,7 +51,10 @@ pub(crate) fn members(answer: &Members) -> String {
             member.address.to_string(),
             dash(&member.site),
             if member.weight == 0 { "director".to_owned() } else { member.weight.to_string() },
-            member.state.clone(),
+            match &member.waits {
+                Some(what) => format!("{}, waits {what}", member.state),
+                None => member.state.clone(),
+            },
             member.liveness.clone(),
             member.flows.to_string(),
             member.unprotected_flows.to_string(),
@@ -64,6 +67,15 @@ pub(crate) fn members(answer: &Members) -> String {
         ]);
     }
     let mut out = format!("cluster {}, view {}\n{}", answer.cluster, answer.view_digest, columns(&rows));
+    if let Some(pending) = &answer.pending_view {
+        let waiting = answer.members.iter().filter(|member| member.state == "active" && !member.ready);
+        let waiting: Vec<String> = waiting.map(|member| member.id.to_string()).collect();
+        let _ = writeln!(
+            out,
+            "a change is planned, to view {pending}; not ready yet: {}",
+            dash(&waiting.join(", "))
+        );
+    }
     for warning in &answer.warnings {
         let _ = writeln!(out, "warning: {warning}");
     }
@@ -209,6 +221,8 @@ mod tests {
             version: "0.1.0".into(),
             admin_address: None,
             view_digest: digest.into(),
+            waits: (id == 2).then(|| "to leave".into()),
+            ready: id == 1,
             flows: 5,
             unprotected_flows: 0,
             rows_owned: 9,
@@ -218,6 +232,7 @@ mod tests {
             cluster: "lab".into(),
             local: 1,
             view_digest: "aa".into(),
+            pending_view: Some("cc".into()),
             warnings: vec!["backends differ".into()],
             members: vec![member(1, "aa"), member(2, "bb")],
         };
@@ -226,7 +241,9 @@ mod tests {
         assert_eq!(lines[0], "cluster lab, view aa");
         assert!(lines[2].starts_with("1*") && lines[2].ends_with("same"), "{text}");
         assert!(lines[3].contains("director") && lines[3].ends_with("other"), "{text}");
-        assert_eq!(lines[4], "warning: backends differ");
+        assert!(lines[3].contains("active, waits to leave"), "{text}");
+        assert_eq!(lines[4], "a change is planned, to view cc; not ready yet: 2");
+        assert_eq!(lines[5], "warning: backends differ");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 /// The first four bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"PHXR";
 /// The version of everything in this module. Another version is refused, so a change of format needs a new number.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// Bytes of a frame's head.
 pub const HEAD: usize = 12;
 /// Items in one frame: a transfer table's chunk is at most this many records.
@@ -33,6 +33,10 @@ const NO_BACKEND: u16 = u16::MAX;
 /// Bytes of the longest control message: an acknowledgement that refuses every item (an index and a reason each), with room to spare.
 const MAX_CONTROL: usize = 64 * 1024;
 
+/// Rows in one [`Control::Digests`] or [`Control::Differing`], 16 bytes each at most.
+pub const MAX_ROWS: usize = 3072;
+
+const _: () = assert!(MAX_ROWS * 16 + 64 <= MAX_CONTROL);
 const _: () = assert!(MAX_ITEMS < NO_BACKEND as usize);
 const _: () = assert!(MAX_CONTROL <= MAX_BODY);
 const _: () = assert!(MAX_ITEMS * 8 + 64 <= MAX_CONTROL);
@@ -147,6 +151,30 @@ pub enum Control {
         /// Records that were not applied, by their place in the chunk.
         refused: Vec<(u16, Refusal)>,
     },
+    /// What the sender holds of some rows, for the receiver to compare with what it holds itself.
+    Digests(Digests),
+    /// The answer to [`Control::Digests`].
+    Differing {
+        /// [`Digests::round`].
+        round: u64,
+        /// Rows of which the two hold different things. The receiver of this sends what it has of them.
+        rows: Vec<u32>,
+    },
+}
+
+/// What one member holds of some rows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Digests {
+    /// Names the question.
+    pub round: u64,
+    /// The sender has lost the rows, and asks only whether the receiver, who holds them now, lacks anything it has.
+    pub former: bool,
+    /// The first row that is spoken of.
+    pub first: u32,
+    /// The last one.
+    pub last: u32,
+    /// Row, number of flows and sum, for every row of which the sender holds anything; at most [`MAX_ROWS`].
+    pub rows: Vec<(u32, u32, u64)>,
 }
 
 /// One message.

@@ -29,6 +29,7 @@ pub mod transfer;
 #[cfg(test)]
 mod testing;
 
+pub use codec::Digests;
 pub use digest::{RowDigest, differing_rows, row_digests};
 pub use ranking::{Ranking, Survivors};
 pub use replicator::{
@@ -36,6 +37,6 @@ pub use replicator::{
     TransferProgress, ViewInput,
 };
 pub use transfer::{
-    Change, LocalAction, TransferPlan, cache_entries_of_departed, changed_rows, former_entries, plan,
+    Ahead, Change, LocalAction, TransferPlan, cache_entries_of_departed, changed_rows, former_entries, plan,
     plan_cache_offers, plan_refill,
 };

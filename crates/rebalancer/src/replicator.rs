@@ -1,11 +1,13 @@
 //! Replication of associations, ends and touches, and the sending of transfer tables: one state machine per daemon.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_flow::{FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, MemberId, Record};
 
-use crate::codec::{self, Control, Frame, FrameDecoder, Item, Refusal};
+use crate::codec::{self, Control, Digests, Frame, FrameDecoder, Item, Refusal};
+use crate::digest::RowDigest;
 use crate::hlc::Hlc;
 use crate::ranking::holders_of;
 use crate::transfer::TransferPlan;
@@ -76,7 +78,8 @@ const _: () = assert!(BATCH_ITEMS <= codec::MAX_ITEMS);
 /// connections, data, results and timeouts as they come; `now` never goes back. **Outputs** (`poll_*`): after every input, until
 /// each returns `None`: [`poll_apply`](Self::poll_apply) and [`poll_lookup`](Self::poll_lookup) (carried out in order),
 /// [`poll_message`](Self::poll_message) (as long as the peers' streams take more), [`poll_event`](Self::poll_event), and last
-/// [`poll_timeout`](Self::poll_timeout). **Commands**: [`begin_transfer`](Self::begin_transfer).
+/// [`poll_timeout`](Self::poll_timeout). **Commands**: [`begin_transfer`](Self::begin_transfer),
+/// [`compare`](Self::compare), [`answer`](Self::answer).
 pub struct Replicator {
     config: Config,
     view: Option<ViewInput>,
@@ -89,6 +92,8 @@ pub struct Replicator {
     last_served: Option<MemberId>,
     /// Flows owned here by the version their backup has not acknowledged.
     unprotected: HashMap<FlowKey, (u64, u32)>,
+    /// Of these, the versions that who will be their backup in the pending table has acknowledged.
+    held_ahead: HashMap<FlowKey, (MemberId, u64, u32)>,
     stamps: Births,
     ended: Births,
     idle: IdleFlows,
@@ -172,6 +177,7 @@ impl Replicator {
             peers: BTreeMap::new(),
             last_served: None,
             unprotected: HashMap::new(),
+            held_ahead: HashMap::new(),
             stamps: Births::new(MAX_STAMPS, STAMPS_FOR),
             ended: Births::new(MAX_ENDED, ENDED_FOR),
             idle: IdleFlows::default(),
@@ -192,6 +198,11 @@ impl Replicator {
     /// Flows owned here whose present version the backup has not acknowledged, those without any backup among them.
     pub fn unprotected(&self) -> usize {
         self.unprotected.len()
+    }
+
+    /// Whether the flow is one of [`Self::unprotected`].
+    pub fn is_unprotected(&self, key: &FlowKey) -> bool {
+        self.unprotected.contains_key(key)
     }
 
     /// Idle entries that wait for what another holder knows.
@@ -240,8 +251,41 @@ impl Replicator {
         self.peers.retain(|id, peer| peer.connected || view.live.contains(id));
         let local = Some(self.config.local);
         self.unprotected.retain(|key, _| view.ranking.holders(view.ranking.row_of(key))[0] == local);
+        let switched = self.view.as_ref().is_none_or(|old| !Arc::ptr_eq(&old.ranking, &view.ranking));
         self.view = Some(view);
+        if switched {
+            self.settle_unprotected();
+        }
         self.finish_transfers();
+    }
+
+    /// After a switch: who is a backup now may have acknowledged flows before it was, and what waits for it is unprotected from now on.
+    fn settle_unprotected(&mut self) {
+        for (key, (peer, birth, update)) in std::mem::take(&mut self.held_ahead) {
+            if self.backup_of_own(&key) == Some(peer) && self.unprotected.get(&key) == Some(&(birth, update))
+            {
+                self.unprotected.remove(&key);
+                self.inbound.push_local(Apply::Protect { key, birth, update }, Then::Nothing);
+            }
+        }
+        let mut waiting = Vec::new();
+        for (&id, peer) in &self.peers {
+            let batches = peer.inflight.values().flat_map(|(_, items)| items);
+            let sent = batches.filter_map(|item| match item {
+                Item::Associate { record, cache: false } => Some(record),
+                _ => None,
+            });
+            let records =
+                sent.chain(peer.outbox.records()).chain(peer.transfer.iter().flat_map(Transfer::records));
+            waiting.extend(
+                records
+                    .filter(|record| self.backup_of_own(&record.key) == Some(id))
+                    .map(|record| (record.key, (record.birth, record.update))),
+            );
+        }
+        for (key, version) in waiting {
+            self.unprotected.entry(key).or_insert(version);
+        }
     }
 
     /// Takes what the forwarder says of a flow.
@@ -357,6 +401,43 @@ impl Replicator {
         self.finish_transfers();
     }
 
+    /// Asks `peer` whether it holds the same of the rows from `first` to `last` ([`crate::row_digests`]; all that is held of them is
+    /// given, and nothing else); returns how many answers ([`Event::Differing`]) of this `round` will come. None, if it is not connected.
+    pub fn compare(
+        &mut self,
+        peer: MemberId,
+        round: u64,
+        former: bool,
+        [first, last]: [u32; 2],
+        held: &BTreeMap<u32, RowDigest>,
+    ) -> usize {
+        if !self.is_enabled() {
+            return 0;
+        }
+        let Some(peer) = self.peers.get_mut(&peer).filter(|peer| peer.connected) else { return 0 };
+        let held: Vec<(u32, u32, u64)> =
+            held.iter().map(|(&row, digest)| (row, digest.count, digest.sum)).collect();
+        let mut parts: Vec<&[(u32, u32, u64)]> = held.chunks(codec::MAX_ROWS).collect();
+        if parts.is_empty() {
+            parts.push(&[]);
+        }
+        let (mut from, count) = (first, parts.len());
+        for (part, rows) in parts.into_iter().enumerate() {
+            let to = if part + 1 == count { last } else { rows.last().map_or(last, |row| row.0) };
+            let digests = Digests { round, former, first: from, last: to, rows: rows.to_vec() };
+            peer.controls.push_back(Control::Digests(digests));
+            from = to.saturating_add(1);
+        }
+        count
+    }
+
+    /// Answers a peer's [`Event::Digests`]: these rows differ.
+    pub fn answer(&mut self, peer: MemberId, round: u64, rows: Vec<u32>) {
+        if let Some(peer) = self.peers.get_mut(&peer).filter(|peer| peer.connected) {
+            peer.controls.push_back(Control::Differing { round, rows });
+        }
+    }
+
     // Outputs.
 
     /// The next frame and whom to send it to, over its reliable ordered stream.
@@ -453,13 +534,13 @@ impl Replicator {
         }
     }
 
-    /// The other holders of `key` under both tables, and the other members with a cache: all who are told of the flow.
+    /// The other holders of `key` under the table in force, the pending one and the earlier ones, and the other members with a cache: all who are told of the flow.
     fn audience(&self, key: &FlowKey) -> (Vec<MemberId>, Vec<MemberId>) {
         let Some(view) = &self.view else { return Default::default() };
         let reachable = |member: &MemberId| *member != self.config.local && view.live.contains(member);
         let mut holders: Vec<MemberId> = Vec::with_capacity(4);
-        for ranking in [Some(&view.ranking), view.previous.as_ref()].into_iter().flatten() {
-            for member in holders_of(&**ranking, ranking.row_of(key)).filter(reachable) {
+        for ranking in view.tables() {
+            for member in holders_of(ranking, ranking.row_of(key)).filter(reachable) {
                 if !holders.contains(&member) {
                     holders.push(member);
                 }
@@ -474,18 +555,19 @@ impl Replicator {
         (holders, caches)
     }
 
-    /// Tells the owner, under both tables, that a packet was seen.
+    /// Tells the owner, under every table, that a packet was seen.
     fn touch_owner(&mut self, record: &Record) {
         let Some(view) = &self.view else { return };
-        let mut owners = [None; 2];
-        for (owner, ranking) in owners.iter_mut().zip([Some(&view.ranking), view.previous.as_ref()]) {
-            *owner = ranking.and_then(|ranking| ranking.holders(ranking.row_of(&record.key))[0]);
-        }
-        if owners[0] == owners[1] {
-            owners[1] = None;
+        let mut owners: Vec<MemberId> = Vec::with_capacity(2);
+        for ranking in view.tables() {
+            if let Some(owner) = ranking.holders(ranking.row_of(&record.key))[0]
+                && !owners.contains(&owner)
+            {
+                owners.push(owner);
+            }
         }
         let (key, birth, idle_ms) = (record.key, record.birth, record.idle_ms);
-        for owner in owners.into_iter().flatten() {
+        for owner in owners {
             self.push(owner, Item::Touch { key, birth, idle_ms });
         }
     }
@@ -559,6 +641,12 @@ impl Replicator {
 
     fn holders(&self, key: &FlowKey) -> [Option<MemberId>; 2] {
         self.view.as_ref().map_or([None; 2], |view| view.ranking.holders(view.ranking.row_of(key)))
+    }
+
+    /// Who will hold `key` once a planned change is in force.
+    fn pending_holders(&self, key: &FlowKey) -> [Option<MemberId>; 2] {
+        let pending = self.view.as_ref().and_then(|view| view.pending.as_ref());
+        pending.map_or([None; 2], |pending| pending.holders(pending.row_of(key)))
     }
 
     fn is_own(&self, key: &FlowKey) -> bool {

@@ -36,6 +36,25 @@ pub struct Change<'a> {
     pub survivors: &'a Survivors,
     /// Members with `cache = "all"`: they get the transfer tables too (claim 20, \[770\]).
     pub caches: &'a BTreeSet<MemberId>,
+    /// What was sent already, for a planned change that this one follows upon.
+    pub ahead: Option<Ahead<'a>>,
+}
+
+/// What was sent ahead of a planned change, and has been kept up to date since.
+#[derive(Clone, Copy)]
+pub struct Ahead<'a> {
+    /// The table it started from: who owned a row there has sent it.
+    pub base: &'a dyn Ranking,
+    /// Its pending table: who is a holder there was sent the flows.
+    pub ranking: &'a dyn Ranking,
+    /// The members that have not started again since.
+    pub members: &'a BTreeSet<MemberId>,
+}
+
+impl Ahead<'_> {
+    fn has(&self, row: u32, member: MemberId) -> bool {
+        self.members.contains(&member) && self.ranking.holders(row).contains(&Some(member))
+    }
 }
 
 /// What the local member does with an entry of its flow table when the table changes.
@@ -87,13 +106,20 @@ impl Change<'_> {
         holders_of(self.old, row).find(|&member| self.survivors.keeps_state(member))
     }
 
-    /// Who must be sent the flows of `row`: the new holders that have not held it, or have forgotten it.
+    /// Who must be sent the flows of `row`: the new holders that have not held it, or have forgotten it, and were not sent it ahead.
     pub fn receivers(&self, row: u32) -> impl Iterator<Item = MemberId> {
         let old = self.old.holders(row);
         holders_of(self.new, row).filter(move |&member| {
             self.survivors.live.contains(&member)
                 && !(old.contains(&Some(member)) && self.survivors.keeps_state(member))
+                && !self.was_sent_ahead(row, member)
         })
+    }
+
+    /// Whether we know that `member` was sent the flows of `row` ahead: we did it. What others should have sent, they may not have.
+    fn was_sent_ahead(&self, row: u32, member: MemberId) -> bool {
+        self.ahead
+            .is_some_and(|ahead| ahead.base.holders(row)[0] == Some(self.local) && ahead.has(row, member))
     }
 
     /// What becomes of local entries in `row`.
@@ -147,6 +173,7 @@ pub fn plan(change: &Change<'_>, records: impl IntoIterator<Item = Record>) -> T
             }
         } else if owner == Some(change.local)
             && !change.old.holders(row).contains(&owner)
+            && !change.ahead.is_some_and(|ahead| ahead.has(row, change.local))
             && let Some(to) = backup.filter(|to| change.survivors.live.contains(to))
         {
             plan.holders.entry(to).or_default().push(record);

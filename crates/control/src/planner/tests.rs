@@ -1,5 +1,5 @@
 use phalanx_flow::Method;
-use phalanx_membership::{Digest, MemberState, MemberView, Metadata};
+use phalanx_membership::{Digest, MemberState, MemberView, Metadata, Wish};
 
 use super::*;
 
@@ -25,6 +25,10 @@ fn member(id: u32, boot: u64, state: MemberState, liveness: Liveness) -> MemberV
         state,
         metadata: Arc::new(Metadata { weight: 100, ..Metadata::default() }),
         known: true,
+        serial: 1,
+        wish: None,
+        admitted: true,
+        done: Digest(0),
         view_digest: Digest(0),
         liveness,
         suspected: liveness != Liveness::Alive,
@@ -37,13 +41,28 @@ fn active(id: u32) -> MemberView {
 }
 
 fn view(digest: u64, members: Vec<MemberView>) -> View {
-    View { members, digest: Digest(digest), distrusts_itself: false }
+    View { members, digest: Digest(digest), pending: None, distrusts_itself: false }
+}
+
+/// `member`, which wishes to be active with this weight.
+fn wishing(member: MemberView, weight: u32) -> MemberView {
+    MemberView { wish: Some(Wish { active: true, weight, serial: 2 }), ..member }
+}
+
+fn pending(name: u64, members: Vec<MemberView>) -> View {
+    View { pending: Some(Digest(name)), ..view(1, members) }
+}
+
+/// Member 1 among three, with a fourth that joins.
+fn joining() -> View {
+    let joiner = member(4, 1, MemberState::Joining, Liveness::Alive);
+    pending(2, vec![active(1), active(2), active(3), wishing(joiner, 100)])
 }
 
 /// A planner of member 1 that has seen members 1 to 3 active.
 fn settled() -> Planner {
     let mut planner = Planner::new(fixed(1)).unwrap();
-    planner.set_view(&view(1, vec![active(1), active(2), active(3)])).unwrap().unwrap();
+    planner.set_view(&view(1, vec![active(1), active(2), active(3)]), true).unwrap().unwrap();
     planner.close_window();
     planner
 }
@@ -55,7 +74,7 @@ fn id_at(plan: &Plan, slot: MemberSlot) -> Option<MemberId> {
 #[test]
 fn a_newcomer_takes_the_table_of_the_others_for_the_one_before() {
     let mut planner = Planner::new(fixed(1)).unwrap();
-    let change = planner.set_view(&view(1, vec![active(1), active(2), active(3)])).unwrap().unwrap();
+    let change = planner.set_view(&view(1, vec![active(1), active(2), active(3)]), true).unwrap().unwrap();
     assert_eq!(change.survivors.blank, BTreeSet::from([MemberId(1)]));
     let old: Vec<MemberId> = change.old.table.members().iter().map(|member| member.id).collect();
     assert_eq!(old, [MemberId(2), MemberId(3)]);
@@ -84,8 +103,8 @@ fn rotated_keys_reach_the_next_plan() {
 #[test]
 fn a_member_alone_has_nobody_before_it() {
     let mut planner = Planner::new(fixed(1)).unwrap();
-    planner.set_view(&view(1, vec![active(1)])).unwrap().unwrap();
-    assert!(planner.previous().is_none());
+    planner.set_view(&view(1, vec![active(1)]), true).unwrap().unwrap();
+    assert!(planner.previous().next().is_none());
 }
 
 #[test]
@@ -93,12 +112,12 @@ fn suspicion_diverts_and_moves_nothing_while_a_confirmation_does() {
     let mut planner = settled();
     let before = planner.plan();
     let doubted = member(2, 1, MemberState::Active, Liveness::Suspect);
-    assert!(planner.set_view(&view(1, vec![active(1), doubted, active(3)])).unwrap().is_none());
+    assert!(planner.set_view(&view(1, vec![active(1), doubted, active(3)]), true).unwrap().is_none());
     let plan = planner.plan();
     assert!(Arc::ptr_eq(&before.rows, &plan.rows), "the table keeps its Arc");
     assert_eq!(plan.members[usize::from(planner.slot_of(MemberId(2)).0)].liveness, Liveness::Suspect);
 
-    let change = planner.set_view(&view(2, vec![active(1), active(3)])).unwrap().unwrap();
+    let change = planner.set_view(&view(2, vec![active(1), active(3)]), true).unwrap().unwrap();
     assert!(change.departed);
     assert!(!change.survivors.live.contains(&MemberId(2)));
     let after = planner.plan();
@@ -117,19 +136,20 @@ fn suspicion_diverts_and_moves_nothing_while_a_confirmation_does() {
 fn a_new_boot_changes_no_row_and_loses_the_flows_all_the_same() {
     let mut planner = settled();
     let restarted = member(2, 2, MemberState::Active, Liveness::Alive);
-    let change = planner.set_view(&view(2, vec![active(1), restarted.clone(), active(3)])).unwrap().unwrap();
+    let change =
+        planner.set_view(&view(2, vec![active(1), restarted.clone(), active(3)]), true).unwrap().unwrap();
     assert_eq!(change.survivors.blank, BTreeSet::from([MemberId(2)]));
     assert_eq!(change.old.table.changed_rows(&change.new.table).count(), 0);
     // Another generation of the same boot is the same member with its state.
     let renewed = MemberView { generation: 9, ..restarted };
-    assert!(planner.set_view(&view(2, vec![active(1), renewed, active(3)])).unwrap().is_none());
+    assert!(planner.set_view(&view(2, vec![active(1), renewed, active(3)]), true).unwrap().is_none());
 }
 
 #[test]
 fn a_member_that_joins_again_has_lost_what_it_held_before_it_is_active() {
     let mut planner = settled();
     let joining = member(2, 2, MemberState::Joining, Liveness::Alive);
-    let change = planner.set_view(&view(2, vec![active(1), joining, active(3)])).unwrap().unwrap();
+    let change = planner.set_view(&view(2, vec![active(1), joining, active(3)]), true).unwrap().unwrap();
     assert!(change.survivors.live.contains(&MemberId(2)));
     assert!(
         !change.survivors.keeps_state(MemberId(2)),
@@ -142,7 +162,7 @@ fn a_member_that_joins_again_has_lost_what_it_held_before_it_is_active() {
 fn a_leaving_member_ranks_no_more_and_stays_reachable() {
     let mut planner = settled();
     let leaving = member(2, 1, MemberState::Leaving, Liveness::Alive);
-    let change = planner.set_view(&view(2, vec![active(1), leaving, active(3)])).unwrap().unwrap();
+    let change = planner.set_view(&view(2, vec![active(1), leaving, active(3)]), true).unwrap().unwrap();
     assert!(change.survivors.keeps_state(MemberId(2)), "it sends its transfer tables itself");
     let plan = planner.plan();
     let slot = planner.slot_of(MemberId(2));
@@ -222,4 +242,76 @@ fn backends_keep_their_position_whoever_comes_or_goes() {
     assert_eq!(after[..before.len()], before[..]);
     assert_eq!(after.len(), before.len() + 1);
     assert_eq!(planner.destinations().backends.len(), after.len());
+}
+
+#[test]
+fn a_planned_change_moves_no_row_until_it_is_in_force_and_is_sent_once() {
+    let mut planner = settled();
+    let before = planner.plan().rows;
+    assert!(planner.set_view(&joining(), true).unwrap().is_none());
+    let change = planner.set_pending(&joining()).unwrap().expect("there is something to send");
+    assert!(change.survivors.blank.contains(&MemberId(4)));
+    assert!(change.old.table.changed_rows(&change.new.table).count() > 0);
+    assert!(Arc::ptr_eq(&planner.plan().rows, &before), "the forwarder goes on as it was");
+    assert!(planner.set_pending(&joining()).unwrap().is_none(), "once is enough");
+
+    let joined = view(2, vec![active(1), active(2), active(3), active(4)]);
+    let switch = planner.set_view(&joined, true).unwrap().expect("it is in force");
+    assert!(switch.was_planned);
+    assert!(planner.set_pending(&joined).unwrap().is_none());
+    assert!(planner.pending().is_none());
+    assert_eq!(switch.new.table.members(), change.new.table.members());
+}
+
+#[test]
+fn a_crash_in_the_midst_of_a_planned_change_is_not_taken_for_it() {
+    for sent in [false, true] {
+        let mut planner = settled();
+        planner.set_view(&joining(), true).unwrap();
+        planner.set_pending(&joining()).unwrap().unwrap();
+        if sent {
+            planner.pending_is_sent();
+        }
+        let without = |name| {
+            let mut view = joining();
+            view.members.remove(1);
+            View { digest: Digest(name), pending: Some(Digest(name + 1)), ..view }
+        };
+        let crash = planner.set_view(&without(3), false).unwrap().expect("rows move at once");
+        assert!(!crash.was_planned);
+        assert_eq!(crash.ahead.is_some(), sent, "only what was sent whole counts as sent");
+        let next = planner.set_pending(&without(3)).unwrap().expect("another pending table");
+        assert_eq!(next.old.table.members(), crash.new.table.members());
+        assert_eq!(next.ahead.is_some(), sent);
+    }
+}
+
+#[test]
+fn a_change_that_is_dropped_leaves_nothing_behind() {
+    let mut planner = settled();
+    planner.set_view(&joining(), true).unwrap();
+    planner.set_pending(&joining()).unwrap().unwrap();
+    let alone = view(1, vec![active(1), active(2), active(3)]);
+    assert!(planner.set_view(&alone, true).unwrap().is_none());
+    assert!(planner.set_pending(&alone).unwrap().is_none());
+    assert!(planner.pending().is_none());
+    assert!(planner.previous().next().is_none());
+}
+
+#[test]
+fn the_last_table_at_rest_is_asked_and_no_more_than_four_are_kept() {
+    let mut planner = settled();
+    let at_rest = planner.current();
+    let lose = |planner: &mut Planner, ids: &[u32], settled| {
+        planner.set_view(&view(9, ids.iter().copied().map(active).collect()), settled).unwrap().unwrap();
+    };
+    lose(&mut planner, &[1, 3], true);
+    lose(&mut planner, &[1], false);
+    assert!(Arc::ptr_eq(&planner.asked().unwrap(), &at_rest), "who came after it may not have got all yet");
+    let newer = planner.current();
+    lose(&mut planner, &[1, 2], true);
+    assert!(Arc::ptr_eq(&planner.asked().unwrap(), &newer));
+    lose(&mut planner, &[1, 2, 3], false);
+    lose(&mut planner, &[1, 2, 3, 4], false);
+    assert_eq!(planner.previous().count(), 4);
 }

@@ -354,7 +354,7 @@ impl Membership {
         self.schedule(now, Task::Hello);
     }
 
-    /// Turns active if it is time to; whether anything changed.
+    /// Asks to join, or turns active alone, if it is time to; whether anything changed.
     pub(super) fn step(&mut self, now: Instant) -> bool {
         if self.state != MemberState::Joining
             || self.config.hold_joining
@@ -366,31 +366,40 @@ impl Membership {
         let own = self.config.id;
         let others = || self.view.members.iter().filter(|member| member.id != own);
         let all_known = others().all(|member| member.known);
+        // Who has not said yet may be active: it is given as long again.
+        let lowest = others().all(|member| member.id > own);
         if others().any(|member| member.known && member.state != MemberState::Joining) {
             if self.joining.met_active.is_none() {
                 self.joining.met_active = Some(now);
                 self.wish_push_pull();
             }
             let met = self.joining.met_active.unwrap_or(now);
-            if all_known || now.saturating_duration_since(met) >= METADATA_WAIT {
-                self.enter(now, MemberState::Active);
+            if self.wish.is_none() && (all_known || now.saturating_duration_since(met) >= METADATA_WAIT) {
+                if self.is_resuming() {
+                    // It is what the others know it as; if they have taken it out meanwhile, they meet it as another side.
+                    self.activate_alone(now);
+                } else {
+                    self.wish_to_join(now);
+                }
                 return true;
             }
             return false;
         }
         self.joining.met_active = None;
+        if self.wish.take().is_some() {
+            // Whom we asked is gone.
+            self.publish(now);
+        }
         let waited = now.saturating_duration_since(self.started);
         let wait = self.config.bootstrap_wait;
         let refused = self
             .joining
             .refused
             .is_some_and(|at| now.saturating_duration_since(at) < REFUSAL_HOLDS.max(wait));
-        // Who has not said yet may be active: it is given as long again.
-        let lowest = others().all(|member| member.id > own);
         if refused || waited < wait || !all_known && waited < wait * 2 || !lowest {
             return false;
         }
-        self.enter(now, MemberState::Active);
+        self.activate_alone(now);
         true
     }
 }

@@ -7,7 +7,7 @@ use rand::RngExt;
 use super::{Membership, PUBLISH_SPACING, SPACING_CROWD, STRANGERS_KEPT, encode};
 use crate::{
     event::Event,
-    item::{Item, ItemHead, MemberState},
+    item::{Item, ItemHead, MemberState, Metadata},
     wire::{PushPull, PushPullError},
 };
 
@@ -34,8 +34,18 @@ impl Membership {
             },
             // Who resumes never stopped being what the others know it as.
             state: if self.is_resuming() { MemberState::Active } else { self.state },
+            serial: self.serial,
+            wish: self.wish,
             view_digest: self.view.digest,
-            metadata: self.config.metadata.clone(),
+            done: self.done,
+            metadata: Metadata {
+                weight: if self.state == MemberState::Joining {
+                    self.config.metadata.weight
+                } else {
+                    self.weight
+                },
+                ..self.config.metadata.clone()
+            },
         };
         let bytes = encode(&item);
         // Refused only if it were too long, which validated metadata never is.

@@ -21,10 +21,10 @@ impl Membership {
         if let Some(session) = outlived_by {
             self.outlive(now, session);
         }
-        // Each round is caused by a change of our own state, of which there are three.
-        for _ in 0..3 {
+        // Each round is caused by a change of our own state: three states, a wish before each, and the admission of others.
+        for _ in 0..8 {
             self.refresh(now);
-            if !self.step(now) {
+            if !self.step(now) && !self.change(now) {
                 break;
             }
         }
@@ -37,7 +37,7 @@ impl Membership {
     fn refresh(&mut self, now: Instant) {
         let signature = swim::signature(&self.swim.0);
         let changed = self.board.lock().take_changed();
-        let before = (self.view.digest, self.view.distrusts_itself);
+        let before = (self.view.digest, self.view.distrusts_itself, self.view.pending);
         if signature != self.signature || self.rebuild {
             self.rebuild(signature);
         } else if changed.is_empty() {
@@ -45,15 +45,23 @@ impl Membership {
         } else {
             // The usual case, many times a second in a large cluster: somebody says something new of itself.
             for id in changed {
+                self.meet(id);
                 self.replace(id);
             }
+        }
+        if before.2 != self.view.pending {
+            self.events.push_back(Event::PendingChanged(self.view.pending));
+            if self.view.pending != Some(self.done) {
+                self.done = Digest::default();
+            }
+            self.publish_soon = true;
         }
         if before.0 != self.view.digest {
             self.events.push_back(Event::ViewChanged(self.view.digest));
             // So that the others learn who has switched.
             self.publish_soon = true;
-            self.publish_if_due(now);
         }
+        self.publish_if_due(now);
         if self.view.distrusts_itself && !before.1 {
             self.events.push_back(Event::Warning(Warning::DistrustsItself));
         }
@@ -67,6 +75,10 @@ impl Membership {
             self.signature = swim::signature(&self.swim.0);
         }
         self.rebuild = false;
+        let members: Vec<MemberId> = self.swim.0.iter_members().map(|member| member.id().id).collect();
+        for id in members {
+            self.meet(id);
+        }
         let view = self.build();
         let old = std::mem::replace(&mut self.view, view);
         self.tell(&old);
@@ -106,6 +118,12 @@ impl Membership {
             generation: identity.generation,
             state: item.map_or(MemberState::Joining, |item| item.state),
             metadata: item.map_or_else(|| Arc::new(Metadata::default()), |item| Arc::clone(&item.metadata)),
+            serial: item.map_or(0, |item| item.serial),
+            wish: item.and_then(|item| item.wish),
+            admitted: identity.id == self.config.id
+                || self.met.get(&identity.id) == Some(&identity.boot)
+                || item.is_none_or(|item| item.state != MemberState::Active),
+            done: item.map_or(Digest(0), |item| item.done),
             known: item.is_some(),
             view_digest: item.map_or(Digest(0), |item| item.view_digest),
             liveness: Liveness::Alive,
@@ -167,6 +185,7 @@ impl Membership {
             }
         }
         for id in gone {
+            self.met.remove(&id);
             self.echo_losses.remove(&id);
             self.slow_answers.remove(&id);
             self.warned_backends.remove(&id);
@@ -202,5 +221,7 @@ fn differs(before: &MemberView, after: &MemberView) -> bool {
     before.address != after.address
         || before.state != after.state
         || before.known != after.known
+        || before.wish != after.wish
+        || before.admitted != after.admitted
         || !Arc::ptr_eq(&before.metadata, &after.metadata) && before.metadata.differs_from(&after.metadata)
 }

@@ -283,7 +283,10 @@ impl ControlDriver {
             MemberEvent::Warning(warning) => {
                 tracing::warn!("{warning}");
                 // The others stand in the view for as long as they hold: see `standing_warnings`.
-                if matches!(warning, Warning::SharedDiffers { .. } | Warning::SlowPath { .. }) {
+                if matches!(
+                    warning,
+                    Warning::SharedDiffers { .. } | Warning::SlowPath { .. } | Warning::NotReady(_)
+                ) {
                     self.state.warnings.insert(warning.to_string(), Instant::now());
                 }
             }
@@ -473,6 +476,19 @@ impl ControlDriver {
             }
             ControlEvent::Slots(slots) => self.membership.command(Command::Slots(slots)),
             ControlEvent::Planned(records) => tracing::info!(records, "transfer tables"),
+            ControlEvent::ReadyFor(name) => {
+                tracing::info!(pending = format!("{:016x}", name.0), "ready for a planned change");
+                self.membership.command(Command::Done(name));
+            }
+            ControlEvent::StuckFor(name, peers) => {
+                let sentence = format!(
+                    "members {peers:?} do not acknowledge what they are sent for a planned change, which goes on without: \
+                     check the path to their transfer port"
+                );
+                tracing::warn!("{sentence}");
+                self.state.warnings.insert(sentence, Instant::now());
+                self.membership.command(Command::Done(name));
+            }
             ControlEvent::Replication(event) => self.handle_replication(event),
             ControlEvent::Refilled(peer, records) => {
                 tracing::warn!(%peer, records, "too much waited for a peer; it gets a table instead");
@@ -500,8 +516,10 @@ impl ControlDriver {
             ReplicationEvent::PeerFull { peer, refused } => {
                 tracing::warn!(%peer, refused, "a peer's table refuses flows; they stay unprotected");
             }
-            // `Refilled` says so.
-            ReplicationEvent::Overflow { .. } => {}
+            // `Refilled` says so, and the core answers digests itself.
+            ReplicationEvent::Overflow { .. }
+            | ReplicationEvent::Digests { .. }
+            | ReplicationEvent::Differing { .. } => {}
         }
     }
 
@@ -569,6 +587,7 @@ impl ControlDriver {
             unresolved: self.next_hops.unresolved(),
             table: self.core.planner().current(),
             unprotected: self.core.replicator().unprotected() as u64,
+            repair: *self.core.repair_counters(),
             replication: *self.core.replicator().counters(),
             transfers: self.core.replicator().transfers().collect(),
             window_open: self.core.window_open(),

@@ -19,7 +19,7 @@ use anyhow::Context as _;
 use phalanx_flow::{MemberId, MemberSlot};
 use phalanx_forwarder::Forwarder;
 use phalanx_membership::{
-    Config, Counters, Event, KeyRing, Membership, Metadata, PushPullError, Shared, View,
+    Config, Counters, Digest, Event, KeyRing, Membership, Metadata, PushPullError, Shared, View,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -48,6 +48,8 @@ pub enum Command {
     Metadata(Metadata),
     /// See [`Membership::begin_leave`].
     BeginLeave,
+    /// See [`Membership::report_done`].
+    Done(Digest),
     /// See [`Membership::leave`].
     Leave,
     /// See [`Membership::set_keys`].
@@ -206,6 +208,7 @@ impl Worker {
                 }
             }
             Command::BeginLeave => self.membership.begin_leave(now),
+            Command::Done(name) => self.membership.report_done(now, name),
             Command::Leave => self.membership.leave(now),
             Command::Keys(keys) => self.membership.set_keys(&keys),
             Command::Shared(shared) => self.membership.set_shared(shared),

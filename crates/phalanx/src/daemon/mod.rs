@@ -324,6 +324,7 @@ fn first_status(config: &Config, planner: &Planner) -> Status {
         unresolved: Vec::new(),
         table: planner.current(),
         unprotected: 0,
+        repair: phalanx_control::RepairCounters::default(),
         replication: phalanx_rebalancer::Counters::default(),
         transfers: Vec::new(),
         window_open: false,

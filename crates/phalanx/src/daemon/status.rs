@@ -16,7 +16,7 @@ use phalanx_flow::member::Liveness;
 use phalanx_flow::{BackendId, FlowKey, FlowState, MemberId, flow_hash};
 use phalanx_forwarder::counters::OUTCOME_NAMES;
 use phalanx_forwarder::{Counters, Drop, Forwarder, RowSet};
-use phalanx_membership::{MemberState, View};
+use phalanx_membership::{MemberState, MemberView, View};
 use phalanx_rebalancer::{Ranking as _, TransferProgress};
 use tokio::sync::{mpsc, oneshot};
 
@@ -66,6 +66,8 @@ pub struct Status {
     pub table: Arc<TableRanking>,
     /// Flows whose backup has not acknowledged them.
     pub unprotected: u64,
+    /// Of comparing with the other holders.
+    pub repair: phalanx_control::RepairCounters,
     /// Of replication.
     pub replication: phalanx_rebalancer::Counters,
     /// Transfer tables under way.
@@ -133,7 +135,7 @@ impl FlowFacts {
             slot: consistent.as_ref().map(|_| u32::from(planner.slot(key))),
             service: consistent.map(|(service, _)| control.config.services[service].name.clone()),
             consistent: consistent.and_then(|(_, backend)| backend).map(|backend| backend.ip()),
-            former: planner.previous().and_then(|table| table.holders(row)[0]),
+            former: planner.asked().and_then(|table| table.holders(row)[0]),
         }
     }
 }
@@ -151,6 +153,16 @@ fn state_name(state: MemberState) -> &'static str {
         MemberState::Joining => "joining",
         MemberState::Active => "active",
         MemberState::Leaving => "leaving",
+    }
+}
+
+/// What a member asks for, or what we wait for to take it in.
+fn waits(member: &MemberView) -> Option<String> {
+    match (member.wish, member.state) {
+        (Some(wish), _) if !wish.active => Some("to leave".to_owned()),
+        (Some(_), MemberState::Joining) => Some("to join".to_owned()),
+        (Some(wish), _) => Some(format!("weight {}", wish.weight)),
+        (None, _) => (!member.admitted).then(|| "to merge".to_owned()),
     }
 }
 
@@ -313,6 +325,8 @@ impl AdminSource for Source {
                     } else {
                         String::new()
                     },
+                    waits: waits(member),
+                    ready: status.view.pending.is_some_and(|name| member.is_ready_for(name)),
                     flows: member.metadata.flows,
                     unprotected_flows: member.metadata.unprotected,
                     rows_owned,
@@ -324,6 +338,7 @@ impl AdminSource for Source {
             cluster: self.cluster.clone(),
             local: self.local.0,
             view_digest: format!("{:016x}", status.view.digest.0),
+            pending_view: status.view.pending.map(|name| format!("{:016x}", name.0)),
             warnings: status.warnings.clone(),
             members,
         }
@@ -451,6 +466,9 @@ impl AdminSource for Source {
         if waiting > 0 {
             reasons.push(format!("{waiting} records of transfer tables are on their way"));
         }
+        if status.view.pending.is_some() {
+            reasons.push("a change of members is planned and not yet in force".to_owned());
+        }
         if let Some(suspect) = status.view.members.iter().find(|member| member.liveness != Liveness::Alive) {
             reasons.push(format!("member {} is suspected: it may be the backup", suspect.id));
         }
@@ -463,6 +481,11 @@ impl AdminSource for Source {
         let mut samples = forwarder_samples(&forwarder);
         let mut push = |metric, labels: &[&str], value| samples.push(Sample::new(metric, labels, value));
         push(&metrics::UNPROTECTED_FLOWS, &[], status.unprotected);
+        let others = status.view.members.iter().filter(|member| member.id != self.local);
+        let unprotected = status.unprotected + others.map(|member| member.metadata.unprotected).sum::<u64>();
+        push(&metrics::CLUSTER_UNPROTECTED_FLOWS, &[], unprotected);
+        push(&metrics::CHANGE_PENDING, &[], u64::from(status.view.pending.is_some()));
+        push(&metrics::REPAIRED_RECORDS, &[], status.repair.records);
         for liveness in [Liveness::Alive, Liveness::Suspect] {
             let count = status.view.members.iter().filter(|member| member.liveness == liveness).count();
             push(&metrics::MEMBERS, &[liveness_name(liveness)], count as u64);

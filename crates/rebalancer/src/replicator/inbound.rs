@@ -194,6 +194,14 @@ impl Replicator {
                 self.handle_chunk_ack(from, id, refused);
                 Ok(())
             }
+            Frame::Control(Control::Digests(digests)) => {
+                self.events.push_back(Event::Digests { from, digests });
+                Ok(())
+            }
+            Frame::Control(Control::Differing { round, rows }) => {
+                self.events.push_back(Event::Differing { from, round, rows });
+                Ok(())
+            }
         }
     }
 
@@ -221,8 +229,12 @@ impl Replicator {
             }
             match item {
                 Item::Associate { record, .. } if record.birth == 0 => self.counters.misplaced += 1,
-                Item::Associate { record, .. } if self.ended.bars(&record.key, record.birth) => {
+                Item::Associate { record, cache } if self.ended.bars(&record.key, record.birth) => {
                     self.counters.barred += 1;
+                    // Who still tells of it has missed its end.
+                    if !cache {
+                        self.push(from, Item::End { key: record.key, birth: record.birth, cache: false });
+                    }
                 }
                 Item::Associate { record, cache: true } => {
                     applies.push(Apply::CacheUpsert(record));
@@ -330,10 +342,13 @@ impl Replicator {
 
     /// `peer` holds this version: if it is the backup of a flow of ours, the flow is protected.
     fn note_held(&mut self, peer: MemberId, record: &Record) {
-        if self.backup_of_own(&record.key) != Some(peer) {
+        let (key, birth, update) = (record.key, record.birth, record.update);
+        if self.backup_of_own(&key) != Some(peer) {
+            if self.unprotected.contains_key(&key) && self.pending_holders(&key)[1] == Some(peer) {
+                self.held_ahead.insert(key, (peer, birth, update));
+            }
             return;
         }
-        let (key, birth, update) = (record.key, record.birth, record.update);
         // A later version that waits for its own acknowledgement stays unprotected.
         if self.unprotected.get(&key).is_some_and(|&(b, u)| b != birth || u > update) {
             return;
@@ -346,8 +361,12 @@ impl Replicator {
     ///
     /// Between owner and backup this costs nothing. It repairs what moved while views differed, or while one change followed another
     /// before its transfers were done: who receives a record late gives it to who should have it now. It ends, because what is no
-    /// news goes no further.
+    /// news goes no further. What comes ahead of a planned change is no news to the present holders: one of them sent it.
     fn pass_on(&mut self, record: Record, from: MemberId) {
+        let local = Some(self.config.local);
+        if !self.holders(&record.key).contains(&local) && self.pending_holders(&record.key).contains(&local) {
+            return;
+        }
         let backup = self.backup_of_own(&record.key);
         if backup == Some(from) {
             self.note_held(from, &record);

@@ -55,6 +55,12 @@ impl Outbox {
         self.slots.len()
     }
 
+    /// The records that wait to be held by the peer.
+    pub(super) fn records(&self) -> impl Iterator<Item = &Record> {
+        let waiting = self.slots.values().filter_map(|slot| slot.associate.as_ref());
+        waiting.filter(|waiting| waiting.purpose == Purpose::Hold).map(|waiting| &waiting.record)
+    }
+
     pub(super) fn clear(&mut self) {
         self.slots.clear();
         self.order.clear();

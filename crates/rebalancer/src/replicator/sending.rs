@@ -67,6 +67,12 @@ impl Transfer {
         self.queue.is_empty() && self.inflight.is_empty()
     }
 
+    /// The records to be held that are not acknowledged yet.
+    pub(super) fn records(&self) -> impl Iterator<Item = &Record> {
+        let sent = self.inflight.values().flat_map(|chunk| &chunk.records);
+        self.queue.iter().chain(sent).filter(|waiting| !waiting.cache).map(|waiting| &waiting.record)
+    }
+
     /// Records not acknowledged yet.
     pub(super) fn remaining(&self) -> usize {
         self.total - self.acked

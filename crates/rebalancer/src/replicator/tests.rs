@@ -551,6 +551,98 @@ fn associations_go_to_the_holders_of_both_tables_while_the_window_is_open() {
     assert_eq!(world.has(2), [1, 2], "the twin: not after it has closed");
 }
 
+/// Whether every one of these flows is at both its holders, with one version.
+fn all_held(world: &World, flows: std::ops::Range<u16>) -> bool {
+    flows.clone().all(|n| {
+        let [owner, backup] = world.holders(n);
+        let (owner, backup) = (world.record(owner, n), world.record(backup, n));
+        owner.is_some() && owner.map(|record| record.version()) == backup.map(|record| record.version())
+    })
+}
+
+#[test]
+fn a_planned_change_is_ready_before_it_is_in_force_and_costs_nothing_then() {
+    for told in [true, false] {
+        let mut world = World::new(&[1, 2, 3]);
+        for n in 0..60 {
+            world.open(n, 1);
+        }
+        world.settle();
+        world.start(4);
+        let pending = world.plan(&[(1, 1), (2, 1), (3, 1), (4, 1)]);
+        world.settle();
+        if !told {
+            // The twin: what happens after the snapshot is told to the present holders only.
+            let live = world.live();
+            for id in 1..=4 {
+                let view = world.view(None, &live);
+                world.set_view(id, view);
+            }
+        }
+        for n in 60..120 {
+            world.open(n, 1);
+        }
+        for n in 0..20 {
+            let [owner, _] = world.holders(n);
+            world.change(owner, n, FlowState::Closing);
+        }
+        world.settle();
+        assert_eq!(world.unprotected(), 0, "the present backups are told first");
+        let frames = world.frames;
+        world.put_in_force(pending);
+        world.settle();
+        assert_eq!(world.frames, frames, "nothing is left to be sent");
+        assert_eq!(all_held(&world, 0..120), told);
+        assert_eq!(world.unprotected(), 0);
+    }
+}
+
+#[test]
+fn what_waits_for_the_next_backup_is_unprotected_once_it_is_the_backup() {
+    let mut world = World::new(&[1, 2]);
+    world.start(3);
+    let pending = world.plan(&[(1, 1), (3, 1)]);
+    world.settle();
+    world.disconnect(1, 3);
+    world.disconnect(2, 3);
+    for n in 0..40 {
+        world.open(n, 1);
+    }
+    world.settle();
+    assert_eq!(world.unprotected(), 0, "2 holds them all");
+    let kept: Vec<u16> = (0..40).filter(|&n| world.holders(n) == [1, 2]).collect();
+    world.put_in_force(pending);
+    world.settle();
+    let owned = kept.iter().filter(|&&n| world.holders(n) == [1, 3]).count();
+    assert!(owned > 5);
+    assert_eq!(world.node(1).replicator.unprotected(), owned);
+    world.connect(1, 3);
+    world.connect(2, 3);
+    world.settle();
+    assert_eq!(world.unprotected(), 0);
+    assert!(all_held(&world, 0..40));
+}
+
+#[test]
+fn a_backup_that_is_cut_off_is_replaced_by_one_that_has_acknowledged_already() {
+    let mut world = World::new(&[1, 2]);
+    world.start(3);
+    world.disconnect(1, 2);
+    let pending = world.plan(&[(1, 1), (3, 1)]);
+    let owned: Vec<u16> = (0..60).filter(|&n| world.holders(n) == [1, 2]).collect();
+    for &n in &owned {
+        world.syn(1, n, 1, false);
+        world.change(1, n, FlowState::Established);
+    }
+    world.settle();
+    assert_eq!(world.unprotected(), owned.len());
+    world.put_in_force(pending);
+    world.settle();
+    let kept = owned.iter().filter(|&&n| world.holders(n) == [1, 3]).count();
+    assert!(kept > 0);
+    assert_eq!(world.unprotected(), 0, "3 had acknowledged them before it was their backup");
+}
+
 #[test]
 fn after_a_crash_every_flow_has_two_holders_again() {
     let mut world = World::new(&[1, 2, 3]);
@@ -693,6 +785,59 @@ fn a_peer_that_ignores_its_window_is_cut_off() {
         assert_eq!(replicator.handle_data(now, MemberId(2), &frame(seq)), Ok(()));
     }
     assert_eq!(replicator.handle_data(now, MemberId(2), &frame(0)), Err(PeerError::Window));
+}
+
+#[test]
+fn who_offers_a_flow_that_has_ended_is_told_of_its_end() {
+    let mut world = World::new(&[1, 2]);
+    world.open(1, 1);
+    world.settle();
+    let [owner, backup] = world.holders(1);
+    let kept = world.node(backup).table.flows[&key(1)];
+    world.expired(owner, 1);
+    world.advance(2 * SECOND);
+    assert_eq!(world.has(1), []);
+    // The backup has missed it, and offers what it has in a comparison.
+    world.node(backup).table.flows.insert(key(1), kept);
+    let table = BTreeMap::from([(MemberId(owner), vec![kept.0])]);
+    let now = world.now;
+    let offer = TransferPlan { holders: table, ..TransferPlan::default() };
+    world.nodes.get_mut(&backup).unwrap().replicator.ended = Births::new(10, SECOND);
+    world.node(backup).replicator.begin_transfer(now, offer);
+    world.settle();
+    assert_eq!(world.has(1), [], "neither holds it");
+    assert_eq!(world.node(owner).replicator.counters().barred, 1);
+}
+
+#[test]
+fn rows_are_compared_in_as_many_parts_as_a_message_can_take() {
+    let mut world = World::new(&[1, 2]);
+    let digest = RowDigest { count: 1, sum: 7 };
+    let many = codec::MAX_ROWS as u32 + 10;
+    let held = (0..many).map(|row| (row * 2, digest)).collect();
+    let parts = world.node(1).replicator.compare(MemberId(2), 5, false, [0, 65_535], &held);
+    assert_eq!(parts, 2);
+    world.settle();
+    let asked: Vec<_> = world
+        .node(2)
+        .events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Digests { from: MemberId(1), digests } => {
+                Some((digests.first, digests.last, digests.rows.len() as u32))
+            }
+            _ => None,
+        })
+        .collect();
+    let split = (codec::MAX_ROWS as u32 - 1) * 2;
+    assert_eq!(asked, [(0, split, codec::MAX_ROWS as u32), (split + 1, 65_535, 10)]);
+    world.node(2).replicator.answer(MemberId(1), 5, vec![4]);
+    world.settle();
+    let answer = Event::Differing { from: MemberId(2), round: 5, rows: vec![4] };
+    assert_eq!(world.node(1).events.last(), Some(&answer));
+    // The twin: nobody is asked who is not connected.
+    world.disconnect(1, 2);
+    assert_eq!(world.node(1).replicator.compare(MemberId(2), 6, false, [0, 65_535], &held), 0);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use phalanx_flow::{FlowKey, MemberId, Record};
 
 use super::TransferProgress;
-use crate::codec::CodecError;
+use crate::codec::{CodecError, Digests};
 use crate::ranking::Ranking;
 
 /// When a new flow is told to its backup.
@@ -34,8 +34,10 @@ pub struct Config {
 pub struct ViewInput {
     /// Who owns and backs up what.
     pub ranking: Arc<dyn Ranking>,
-    /// The table before the last switch, while the handover window is open (design §6).
-    pub previous: Option<Arc<dyn Ranking>>,
+    /// The tables before the last switches, while the handover window is open (design §6).
+    pub previous: Vec<Arc<dyn Ranking>>,
+    /// The table of the pending view, while a change is planned.
+    pub pending: Option<Arc<dyn Ranking>>,
     /// Members not confirmed down, the local one among them or not.
     pub live: BTreeSet<MemberId>,
     /// Of these, those that SWIM suspects: hints go past them.
@@ -46,6 +48,13 @@ pub struct ViewInput {
     pub policy: Policy,
     /// `false` is the lab's `--no-replication` twin: nothing is sent at all, neither associations nor transfer tables.
     pub enabled: bool,
+}
+
+impl ViewInput {
+    /// All tables whose holders are told of a flow, the one in force first.
+    pub(super) fn tables(&self) -> impl Iterator<Item = &dyn Ranking> {
+        [&self.ranking].into_iter().chain(&self.pending).chain(&self.previous).map(|table| &**table)
+    }
 }
 
 /// One change to the forwarder's flow table (or cache).
@@ -143,6 +152,23 @@ pub enum Event {
     Overflow {
         /// The peer.
         peer: MemberId,
+    },
+    /// A peer says what it holds of some rows: compare, answer with [`Replicator::answer`](super::Replicator::answer), and send it what
+    /// it lacks.
+    Digests {
+        /// The peer.
+        from: MemberId,
+        /// What it holds.
+        digests: Digests,
+    },
+    /// A peer holds other things of these rows than we said: send it what we have.
+    Differing {
+        /// The peer.
+        from: MemberId,
+        /// The [`Digests::round`] it answers.
+        round: u64,
+        /// The rows.
+        rows: Vec<u32>,
     },
     /// The transfer table to this member has been acknowledged whole.
     TransferDone {

@@ -13,7 +13,14 @@ fn one_row(old: [u32; 2], new: [u32; 2], live: &[u32]) -> (Vec<u32>, LocalAction
     let (old, new) = (TestRanking::by_hand(&[old]), TestRanking::by_hand(&[new]));
     let survivors = Survivors::all(live.iter().map(|&id| MemberId(id)));
     let caches = BTreeSet::new();
-    let change = Change { local: MemberId(M), old: &old, new: &new, survivors: &survivors, caches: &caches };
+    let change = Change {
+        local: MemberId(M),
+        old: &old,
+        new: &new,
+        survivors: &survivors,
+        caches: &caches,
+        ahead: None,
+    };
     let plan = plan(&change, [record(1, 1)]);
     assert!(plan.holders.values().all(|records| *records == [record(1, 1)]));
     (plan.holders.keys().map(|id| id.0).collect(), plan.local[0].1)
@@ -43,6 +50,29 @@ fn claim_19_case_656_the_new_member_is_backup_and_we_lose_the_flow() {
 }
 
 #[test]
+fn what_we_sent_ahead_is_not_sent_again_and_what_others_should_have_sent_is() {
+    let survivors = Survivors::all([M, X, N].map(MemberId));
+    let caches = BTreeSet::new();
+    let (sent, old, new) =
+        (TestRanking::by_hand(&[[N, M]]), TestRanking::by_hand(&[[M, X]]), TestRanking::by_hand(&[[M, N]]));
+    let receivers = |base: [u32; 2], members: &[u32]| {
+        let base = TestRanking::by_hand(&[base]);
+        let members = members.iter().map(|&id| MemberId(id)).collect();
+        let ahead = Some(Ahead { base: &base, ranking: &sent, members: &members });
+        let local = MemberId(M);
+        let change = Change { local, old: &old, new: &new, survivors: &survivors, caches: &caches, ahead };
+        plan(&change, [record(1, 1)]).holders.into_keys().collect::<Vec<_>>()
+    };
+    assert_eq!(receivers([M, X], &[M, N]), []);
+    assert_eq!(receivers([M, X], &[M]), [MemberId(N)], "it has started again since");
+    assert_eq!(
+        receivers([X, M], &[M, N]),
+        [MemberId(N)],
+        "X owned it then, and may have died before it sent it"
+    );
+}
+
+#[test]
 fn claim_20_case_752_our_backup_left_and_another_takes_its_place() {
     assert_eq!(one_row([M, X], [M, Y], &[M, Y]), (vec![Y], LocalAction::Keep));
 }
@@ -60,8 +90,14 @@ fn claim_20_transfer_tables_go_to_all_remaining_members_where_caches_are_on() {
     let survivors = Survivors::all([M, Y, N].map(MemberId));
     let plan_with = |caches: &[u32]| {
         let caches = caches.iter().map(|&id| MemberId(id)).collect();
-        let change =
-            Change { local: MemberId(M), old: &old, new: &new, survivors: &survivors, caches: &caches };
+        let change = Change {
+            local: MemberId(M),
+            old: &old,
+            new: &new,
+            survivors: &survivors,
+            caches: &caches,
+            ahead: None,
+        };
         plan(&change, [record(1, 1)])
     };
     let all = plan_with(&[M, X, Y, N]);
@@ -80,8 +116,14 @@ fn claim_20_case_750_caches_flush_what_the_departed_owned_and_no_more() {
     let caches = BTreeSet::new();
     let flushed = |live: &[u32]| {
         let survivors = Survivors::all(live.iter().map(|&id| MemberId(id)));
-        let change =
-            Change { local: MemberId(N), old: &old, new: &new, survivors: &survivors, caches: &caches };
+        let change = Change {
+            local: MemberId(N),
+            old: &old,
+            new: &new,
+            survivors: &survivors,
+            caches: &caches,
+            ahead: None,
+        };
         cache_entries_of_departed(&change, [key(1)]).count()
     };
     assert_eq!(flushed(&[M, Y, N]), 1);
@@ -94,8 +136,14 @@ fn a_cache_offers_what_no_surviving_holder_can_send() {
     let caches = BTreeSet::new();
     let offered = |live: &[u32]| {
         let survivors = Survivors::all(live.iter().map(|&id| MemberId(id)));
-        let change =
-            Change { local: MemberId(8), old: &old, new: &new, survivors: &survivors, caches: &caches };
+        let change = Change {
+            local: MemberId(8),
+            old: &old,
+            new: &new,
+            survivors: &survivors,
+            caches: &caches,
+            ahead: None,
+        };
         plan_cache_offers(&change, [record(1, 1)]).holders.into_keys().map(|id| id.0).collect::<Vec<_>>()
     };
     assert_eq!(offered(&[Y, N, 8]), [Y, N]);
@@ -115,6 +163,7 @@ fn a_member_that_started_again_is_sent_everything_it_held() {
             new: &ranking,
             survivors: &survivors,
             caches: &caches,
+            ahead: None,
         };
         let rows: Vec<_> = changed_rows(&change).collect();
         let sent = plan(&change, (0..60).map(|n| record(n, 1)));
@@ -178,7 +227,7 @@ proptest! {
             .filter(|key| tables.values().all(|table| !table.contains_key(key))).collect();
         let mut sent = Vec::new();
         for (&local, table) in &tables {
-            let change = Change { local, old: &old, new: &new, survivors: &survivors, caches: &caches };
+            let change = Change { local, old: &old, new: &new, survivors: &survivors, caches: &caches, ahead: None };
             let plan = plan(&change, table.values().copied());
             for (to, records) in plan.holders {
                 prop_assert!(to != local);

@@ -404,6 +404,14 @@ impl World {
                 self.tell(|| format!("m{name} has handed over what it held"));
                 self.with_membership(at, |membership, clock| membership.leave(clock));
             }
+            ControlEvent::ReadyFor(pending) => {
+                self.tell(|| format!("m{name} is ready for view {:016x}", pending.0));
+                self.with_membership(at, |membership, clock| membership.report_done(clock, pending));
+            }
+            ControlEvent::StuckFor(pending, peers) => {
+                self.tell(|| format!("m{name} goes on to view {:016x} without {peers:?}", pending.0));
+                self.with_membership(at, |membership, clock| membership.report_done(clock, pending));
+            }
             ControlEvent::NotInstalled(error) => {
                 let line = format!("m{name}: {error}");
                 self.findings.violate_as("install", self.now, line);

@@ -172,6 +172,9 @@ impl World {
             {
                 return Some(format!("m{name} holds m{} to be {:?}", other.id, other.liveness));
             }
+            if view.pending.is_some() {
+                return Some(format!("m{name} knows of a change that is planned"));
+            }
             if process.control.window_open() {
                 return Some(format!("m{name} has its handover window open"));
             }

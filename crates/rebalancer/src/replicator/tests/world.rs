@@ -164,7 +164,8 @@ impl World {
     pub(super) fn view(&self, previous: Option<Arc<TestRanking>>, live: &BTreeSet<MemberId>) -> ViewInput {
         ViewInput {
             ranking: self.ranking.clone(),
-            previous: previous.map(|ranking| ranking as Arc<dyn Ranking>),
+            previous: previous.into_iter().map(|ranking| ranking as Arc<dyn Ranking>).collect(),
+            pending: None,
             live: live.clone(),
             suspects: BTreeSet::new(),
             caches: self.caches.clone(),
@@ -425,12 +426,47 @@ impl World {
                 new: &*self.ranking,
                 survivors: &survivors,
                 caches: &self.caches,
+                ahead: None,
             };
             let now = self.now;
             let node = self.nodes.get_mut(&id).unwrap();
             let records: Vec<_> =
                 node.table.flows.keys().map(|key| node.table.get(now, key).unwrap()).collect();
             node.replicator.begin_transfer(now, plan(&change, records));
+        }
+    }
+
+    /// Every member's daemon learns of a planned change and sends ahead what it moves; nothing is in force.
+    pub(super) fn plan(&mut self, members: &[(u32, u32)]) -> Arc<TestRanking> {
+        let pending = Arc::new(TestRanking::weighted(members, ROWS));
+        let survivors = Survivors::all(self.live());
+        for id in self.nodes.keys().copied().collect::<Vec<_>>() {
+            let view = ViewInput { pending: Some(pending.clone()), ..self.view(None, &survivors.live) };
+            self.set_view(id, view);
+            let change = Change {
+                local: MemberId(id),
+                old: &*self.ranking,
+                new: &*pending,
+                survivors: &survivors,
+                caches: &self.caches,
+                ahead: None,
+            };
+            let now = self.now;
+            let node = self.nodes.get_mut(&id).unwrap();
+            let records: Vec<_> =
+                node.table.flows.keys().map(|key| node.table.get(now, key).unwrap()).collect();
+            node.replicator.begin_transfer(now, plan(&change, records));
+        }
+        pending
+    }
+
+    /// The planned change is in force, and nobody sends anything for it.
+    pub(super) fn put_in_force(&mut self, pending: Arc<TestRanking>) {
+        let old = std::mem::replace(&mut self.ranking, pending);
+        let live = self.live();
+        for id in self.nodes.keys().copied().collect::<Vec<_>>() {
+            let view = self.view(Some(old.clone()), &live);
+            self.set_view(id, view);
         }
     }
 

@@ -70,23 +70,26 @@ fn settings(seed: u64, balancer: Balancer) -> Settings {
     }
 }
 
+/// Runs `count` seeds of one cell.
+pub fn cell(row: usize, column: usize, from: u64, count: u64) -> Cell {
+    let (_, changes) = KINDS[row];
+    let (balancer, _) = BALANCERS[column];
+    let mut cell = Cell::default();
+    for seed in from..from + count {
+        let settings = settings(seed, balancer);
+        let before = schedule(&settings, Vec::new());
+        let schedule = schedule(&settings, changes(&settings));
+        // What the change of backends before it broke is not this change's.
+        let first = schedule.get(before.len()).map(|(at, _)| *at).unwrap_or_default();
+        let report = run_schedule(settings, schedule, false);
+        cell.broken += report.broken_since(first);
+        cell.open += report.live as u64;
+    }
+    cell
+}
+
 /// Runs `count` seeds of every cell.
 pub fn table(from: u64, count: u64) -> Table {
-    let mut table = Table::new();
-    for (row, (_, changes)) in KINDS.iter().enumerate() {
-        for (column, (balancer, _)) in BALANCERS.iter().enumerate() {
-            let cell = table.entry((row, column)).or_default();
-            for seed in from..from + count {
-                let settings = settings(seed, *balancer);
-                let before = schedule(&settings, Vec::new());
-                let schedule = schedule(&settings, changes(&settings));
-                // What the change of backends broke is counted in its own row.
-                let first = schedule.get(before.len()).map(|(at, _)| *at).unwrap_or_default();
-                let report = run_schedule(settings, schedule, false);
-                cell.broken += report.broken_since(first);
-                cell.open += report.live as u64;
-            }
-        }
-    }
-    table
+    let cells = (0..KINDS.len()).flat_map(|row| (0..BALANCERS.len()).map(move |column| (row, column)));
+    cells.map(|(row, column)| ((row, column), cell(row, column, from, count))).collect()
 }

@@ -659,6 +659,8 @@ fn others_saw_another_view(seed: u64, again: Config) -> bool {
     }
     settles(&mut cluster, 10 * SECOND);
     assert!(!cluster.membership(1).unwrap().is_resuming());
+    // The lease comes with the first probe that is answered.
+    cluster.run_for(SECOND);
     assert!(cluster.membership(1).unwrap().lease_valid_until().is_some());
     said(&cluster, [0, 2], |event| matches!(event, Event::ViewChanged(_)) || down(event))
 }

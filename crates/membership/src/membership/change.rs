@@ -86,9 +86,15 @@ impl Membership {
         self.publish(now);
     }
 
-    /// Above all that this boot has used: a session begins at the time of day in microseconds, and no process says that much.
+    /// The first of a boot is the boot, so that a start that resumes says the same as the one before. Later ones, and those of a start
+    /// that has the boot and does not resume, are above all that this boot has used: a session begins at the time of day in microseconds,
+    /// and no process says that much.
     fn next_serial(&self) -> u64 {
-        self.seal.sealer.life().session.wrapping_add(self.version)
+        let first = self.config.session == self.config.boot || self.is_resuming();
+        if first && self.state == MemberState::Joining && self.wish.is_none() {
+            return self.config.boot;
+        }
+        self.seal.sealer.life().session.wrapping_add(self.version).wrapping_add(1)
     }
 
     /// Turns active with the weight of our metadata, without asking: there is nobody to ask.

@@ -34,7 +34,7 @@ impl Membership {
             },
             // Who resumes never stopped being what the others know it as.
             state: if self.is_resuming() { MemberState::Active } else { self.state },
-            serial: self.serial,
+            serial: if self.is_resuming() { self.config.boot } else { self.serial },
             wish: self.wish,
             view_digest: self.view.digest,
             done: self.done,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use phalanx_flow::member::Liveness;
 use phalanx_flow::slots::RankedBackend;
 use phalanx_flow::table::RankingError;
-use phalanx_flow::{FlowEvent, FlowEventKind, FlowKey, FlowState, MemberId, MemberSlot, Record};
+use phalanx_flow::{BackendId, FlowEvent, FlowEventKind, FlowKey, FlowState, MemberId, MemberSlot, Record};
 use phalanx_forwarder::{Forwarder, InstallError, RowSet, Upserted};
 use phalanx_membership::{Digest, KeyRing, MemberState, MemberView, View};
 use phalanx_rebalancer::{
@@ -90,7 +90,7 @@ pub enum Event {
 /// [`handle_timeout`](Self::handle_timeout) every few milliseconds, because it takes the forwarder's events; `now` never goes back.
 /// **Outputs**, after every input until each returns `None`: [`poll_message`](Self::poll_message), then
 /// [`poll_event`](Self::poll_event).
-/// **Commands**: [`set_services`](Self::set_services), [`set_usable`](Self::set_usable), [`set_keys`](Self::set_keys),
+/// **Commands**: [`set_services`](Self::set_services), [`set_usable`](Self::set_usable), [`set_failed`](Self::set_failed), [`set_keys`](Self::set_keys),
 /// [`begin_leave`](Self::begin_leave).
 pub struct Control {
     settings: Settings,
@@ -330,6 +330,17 @@ impl Control {
             self.planner.set_usable(index, backends, now);
         }
         self.install();
+    }
+
+    /// Makes these the backends whose TCP flows are reset (`on_failure = "reset"`), one list a service in their order.
+    pub fn set_failed(&mut self, failed: &[Vec<BackendId>]) {
+        let mut changed = false;
+        for (index, backends) in failed.iter().enumerate() {
+            changed |= self.planner.set_failed(index, backends);
+        }
+        if changed {
+            self.install();
+        }
     }
 
     /// Begins to leave: [`Event::ReadyToLeave`] comes once what we hold is handed over. Told twice, it comes without waiting.

@@ -178,6 +178,7 @@ struct ServicePlan {
     table: Arc<BackendTable>,
     slots: Arc<[BackendIndex]>,
     unsettled: Option<(Arc<SlotSet>, Instant)>,
+    failed: Vec<BackendId>,
 }
 
 /// Builds plans. See the module's doc.
@@ -471,7 +472,13 @@ impl Planner {
                         &[],
                     );
                     let slots = table.to_indexes(|_| BackendIndex::NONE).into();
-                    ServicePlan { config: config.clone(), table: Arc::new(table), slots, unsettled: None }
+                    ServicePlan {
+                        config: config.clone(),
+                        table: Arc::new(table),
+                        slots,
+                        unsettled: None,
+                        failed: Vec::new(),
+                    }
                 }
             };
             self.services.push(plan);
@@ -532,6 +539,14 @@ impl Planner {
             }
         }
         plan.unsettled = Some((Arc::new(unsettled), now + UNSETTLED));
+    }
+
+    /// Makes these the backends of a service whose flows are reset; whether that changes anything.
+    pub fn set_failed(&mut self, service: usize, failed: &[BackendId]) -> bool {
+        let plan = &mut self.services[service];
+        let changes = plan.failed != failed;
+        plan.failed = failed.to_vec();
+        changes
     }
 
     /// Forgets unsettled slots whose time is over; whether there were any.
@@ -606,6 +621,7 @@ impl Planner {
             protocol: config.protocol,
             slots: Arc::clone(&plan.slots),
             unsettled: plan.unsettled.as_ref().map(|(set, _)| Arc::clone(set)),
+            failed: plan.failed.iter().filter_map(|id| self.backend_indexes.get(id).copied()).collect(),
             idle: config.idle,
             linger: config.linger,
             reset_linger: config.reset_linger,

@@ -69,6 +69,8 @@ pub struct Service {
     pub idle_ms: u32,
     /// Replicate a flow on its first packet (`replicate = "syn"`, the founding document's way).
     pub replicate_syn: bool,
+    /// A backend has failed whose flows are to be reset (`on_failure = "reset"`): [`Tables::has_failed`] says which.
+    pub resets: bool,
 }
 
 /// What the consistent table says of a slot.
@@ -100,6 +102,8 @@ pub trait Tables {
     fn flow(&self, key: &FlowKey) -> Option<FlowEntry>;
     /// The cache.
     fn cached(&self, key: &FlowKey) -> Option<FlowEntry>;
+    /// Whether flows of this service at this backend are to be reset; asked only if [`Service::resets`].
+    fn has_failed(&self, service: u32, backend: BackendIndex) -> bool;
     /// The consistent table of a service.
     fn consistent(&self, service: u32, slot: u16) -> Choice;
     /// The ports of a fragmented packet, by [`Packet::fragment_key`].
@@ -115,6 +119,8 @@ pub enum Verdict {
     Drop(DropReason),
     /// Answer the ping in place.
     EchoReply,
+    /// Answer the segment with a RST ([`crate::encap::tcp_reset`]).
+    Reset,
     /// To a backend.
     Forward(BackendIndex),
     /// To the member that should process it.
@@ -162,6 +168,8 @@ pub enum Action {
     Update,
     /// Overwrite the cache's entry that was read.
     UpdateCache,
+    /// Remove the entry that was read: its tuple is used again, and somebody else records the new connection.
+    Remove,
 }
 
 /// How the decision came about, for the counters.
@@ -192,10 +200,12 @@ pub enum Outcome {
     Held = 10,
     /// An ICMP error steered to its flow's backend.
     IcmpSteered = 11,
+    /// Answered with a RST: the flow's backend has failed.
+    Reset = 12,
 }
 
 /// Number of [`Outcome`]s.
-pub const OUTCOMES: usize = 12;
+pub const OUTCOMES: usize = 13;
 
 /// The whole of what [`decide`] says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -497,6 +507,11 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
         seen(decision, entry, Outcome::Hit, roles, service);
         return;
     }
+    // What is known of an ended connection must not be believed by the client's next packet, which may be here before the owner has
+    // told us of the new one.
+    if known.is_some() {
+        decision.action = Action::Remove;
+    }
     let acting = roles.acting_owner(tables);
     if acting != roles.local.slot && acting.is_some() && arrival.hops < MAX_HOPS {
         decision.verdict = roles.hand_off(tables, acting, arrival);
@@ -522,23 +537,31 @@ fn other<T: Tables>(
     if let Some(entry) = tables.flow(&decision.key)
         && (entry.flow_state().is_live() || roles.holds(tables))
     {
-        let entry = advance(entry, packet);
-        seen(decision, entry.0, Outcome::Hit, roles, service);
-        if entry.1 {
+        let failed = is_to_be_reset(&entry, packet, tables, service);
+        let (entry, changed) = advance(entry, packet, failed);
+        seen(decision, entry, Outcome::Hit, roles, service);
+        if changed {
             decision.event = Some(FlowEventKind::Changed);
             decision.entry.update = decision.entry.update.wrapping_add(1);
             decision.entry.last_reported_ms = roles.local.now_ms;
             decision.entry.flags = decision.entry.flags.with(FlowFlags::PROTECTED, false);
         }
+        if failed {
+            decision.end(Verdict::Reset, Outcome::Reset);
+        }
         return;
     }
     if let Some(entry) = tables.cached(&decision.key) {
-        let (entry, changed) = advance(entry, packet);
+        let failed = is_to_be_reset(&entry, packet, tables, service);
+        let (entry, changed) = advance(entry, packet, failed);
         seen(decision, entry, Outcome::CacheHit, roles, service);
         decision.action = Action::UpdateCache;
         if changed || decision.event.is_some() {
             decision.entry.last_reported_ms = roles.local.now_ms;
             decision.event = Some(FlowEventKind::Cached);
+        }
+        if failed {
+            decision.end(Verdict::Reset, Outcome::Reset);
         }
         return;
     }
@@ -661,11 +684,23 @@ fn seen(decision: &mut Decision, mut entry: FlowEntry, outcome: Outcome, roles: 
     decision.entry = entry;
 }
 
-/// The state after `packet`, and whether it differs from the one before (see [`FlowState`]).
+/// Whether the segment is to be answered with a RST: its flow's backend has failed, and its service does not keep such flows.
+///
+/// Only what acknowledges something can be answered exactly and without memory: the RST's sequence number is the segment's
+/// acknowledgment number (RFC 9293 §3.10.7.1). A RST is never answered.
 #[inline(always)]
-fn advance(mut entry: FlowEntry, packet: &Packet) -> (FlowEntry, bool) {
+fn is_to_be_reset<T: Tables>(entry: &FlowEntry, packet: &Packet, tables: &T, service: &Service) -> bool {
+    service.resets
+        && matches!(packet.kind, PacketKind::Tcp { flags } if flags & (tcp_flags::ACK | tcp_flags::RST) == tcp_flags::ACK)
+        && tables.has_failed(service.index, entry.backend)
+}
+
+/// The state after `packet`, which ends the flow if its backend has `failed`, and whether it differs from the one before (see [`FlowState`]).
+#[inline(always)]
+fn advance(mut entry: FlowEntry, packet: &Packet, failed: bool) -> (FlowEntry, bool) {
     let before = entry.flow_state();
     let after = match packet.kind {
+        _ if failed => FlowState::Reset,
         PacketKind::Tcp { flags } if flags & tcp_flags::RST != 0 => FlowState::Reset,
         PacketKind::Tcp { flags } if flags & tcp_flags::FIN != 0 => FlowState::Closing,
         // Half-closed downloads go on with pure acknowledgements; only data says that the client is not done.

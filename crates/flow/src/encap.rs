@@ -13,7 +13,7 @@ mod tests;
 pub use hand_off::{
     GENEVE_LENGTH, GENEVE_PORT, HandOffError, HandOffFlags, HandOffHeader, hand_off_bytes, parse_hand_off,
 };
-pub use icmp::{IcmpError, ReplyError, echo_reply, icmp_error, too_big};
+pub use icmp::{IcmpError, ReplyError, echo_reply, icmp_error, tcp_reset, too_big};
 pub use open::{OpenError, open};
 
 use crate::checksum;

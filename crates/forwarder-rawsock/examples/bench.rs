@@ -296,6 +296,7 @@ fn start_forwarder(path: &Path) -> Result<RawsockForwarder> {
             protocol: 17,
             slots: vec![BackendIndex(0); SLOTS].into(),
             unsettled: None,
+            failed: [].into(),
             idle: life,
             linger: life,
             reset_linger: life,

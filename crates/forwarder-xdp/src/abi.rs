@@ -144,6 +144,20 @@ pub struct ServiceValue {
     pub index: u32,
     /// 1: replicate on the first packet.
     pub replicate_syn: u32,
+    /// 1: flows at backends that are in the map of failed ones are reset.
+    pub resets: u32,
+}
+
+/// Key of a backend of a service whose flows are reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct FailedKey {
+    /// The service's position in the plan.
+    pub service: u32,
+    /// The backend's number.
+    pub backend: u32,
+    /// Which of the two plans.
+    pub plan: u32,
 }
 
 /// Key of a member's slot.
@@ -258,6 +272,8 @@ pub mod punt {
     pub const ECHO: u8 = 4;
     /// Nobody knows the way yet: no route, or no neighbour.
     pub const NO_NEXT_HOP: u8 = 5;
+    /// A segment of a flow whose backend has failed: answer it with a RST.
+    pub const RESET: u8 = 6;
 }
 
 /// Bytes of a packet that is given to user space; longer ones are dropped and counted.

@@ -9,7 +9,9 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use aya::maps::{Map as AyaMap, MapData};
 use phalanx_flow::{FlowEntry, FlowKey, Row};
 
-use crate::abi::{Backend, CpuCounters, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue};
+use crate::abi::{
+    Backend, CpuCounters, FailedKey, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue,
+};
 
 /// Commands of `bpf(2)` (`include/uapi/linux/bpf.h`).
 const MAP_CREATE: libc::c_int = 0;
@@ -45,7 +47,7 @@ macro_rules! plain {
         )*
     };
 }
-plain!(FlowKey FlowEntry Row Backend CpuCounters Header Member MemberKey Ports ServiceKey ServiceValue);
+plain!(FlowKey FlowEntry Row Backend CpuCounters FailedKey Header Member MemberKey Ports ServiceKey ServiceValue);
 
 #[repr(C)]
 #[derive(Default)]

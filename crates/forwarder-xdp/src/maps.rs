@@ -7,12 +7,14 @@ use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
 use phalanx_flow::{FlowEntry, FlowKey, FlowState, Row};
 
-use crate::abi::{Backend, CpuCounters, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue};
+use crate::abi::{
+    Backend, CpuCounters, FailedKey, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue,
+};
 use crate::map::{Map, data};
 
 /// The maps that a restart of the daemon adopts; `STAGES` and `WORK` belong to one load: what stages tell each other has the layout
 /// of its programs.
-pub(crate) const KEPT: [&str; 16] = [
+pub(crate) const KEPT: [&str; 17] = [
     "ACTIVE",
     "LEASE",
     "HEADERS",
@@ -20,6 +22,7 @@ pub(crate) const KEPT: [&str; 16] = [
     "MEMBER_SLOTS",
     "BACKENDS",
     "SERVICES",
+    "FAILED",
     "ROW_TABLE",
     "SLOT_TABLE",
     "FLOWS",
@@ -39,6 +42,7 @@ pub(crate) struct Maps {
     pub(crate) member_slots: Map<MemberKey, u32>,
     pub(crate) backends: Map<u32, Backend>,
     pub(crate) services: Map<ServiceKey, ServiceValue>,
+    pub(crate) failed: Map<FailedKey, u32>,
     pub(crate) rows: Map<u32, Row>,
     pub(crate) slots: Map<u32, u32>,
     pub(crate) flows: Map<FlowKey, FlowEntry>,
@@ -71,6 +75,7 @@ impl Maps {
             member_slots: Map::new(map("MEMBER_SLOTS")?)?,
             backends: Map::new(map("BACKENDS")?)?,
             services: Map::new(map("SERVICES")?)?,
+            failed: Map::new(map("FAILED")?)?,
             rows: Map::new(map("ROW_TABLE")?)?,
             slots: Map::new(slots)?,
             flows: Map::new(map("FLOWS")?)?,

@@ -199,6 +199,7 @@ fn carry_out(
     let Some(frame) = punt.frame.get(..punt.length as usize) else { return };
     let verdict = match punt.why {
         punt::ECHO => Verdict::EchoReply,
+        punt::RESET => Verdict::Reset,
         _ if punt.member != u16::MAX => Verdict::HandOff(HandOff {
             to: MemberSlot(punt.member),
             hops: punt.hops,

@@ -16,8 +16,8 @@ use phalanx_forwarder::engine::CompiledPlan;
 use phalanx_forwarder::{InstallError, NextHop, NextHops, Plan, SlotSet};
 
 use crate::abi::{
-    Backend, CRC8_ROWS, Header, Hop, MAX_BACKENDS, MAX_MEMBERS, Member, MemberKey, NO_BLOCK, ROW_BLOCKS,
-    ROWS, SLOTS, ServiceKey, ServiceValue, UNSETTLED,
+    Backend, CRC8_ROWS, FailedKey, Header, Hop, MAX_BACKENDS, MAX_MEMBERS, Member, MemberKey, NO_BLOCK,
+    ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, UNSETTLED,
 };
 use crate::maps::Maps;
 
@@ -75,6 +75,7 @@ pub(crate) struct Writer {
     slots_in_force: Vec<u32>,
     /// Keys that each of the two plans has.
     services: [Vec<ServiceKey>; 2],
+    failed: [Vec<FailedKey>; 2],
     members: [Vec<MemberKey>; 2],
 }
 
@@ -92,6 +93,7 @@ impl Writer {
             rows_in_force: Vec::new(),
             slots_in_force: Vec::new(),
             services: [Vec::new(), Vec::new()],
+            failed: [Vec::new(), Vec::new()],
             members: [Vec::new(), Vec::new()],
         }
     }
@@ -109,6 +111,7 @@ impl Writer {
                 writer.slots_in_force.push(value.block);
             }
         })?;
+        maps.failed.each(&mut |key, _| writer.failed[(key.plan & 1) as usize].push(*key))?;
         maps.member_slots.each(&mut |key, _| writer.members[(key.plan & 1) as usize].push(*key))?;
         for block in &writer.rows_in_force {
             writer.rows[*block as usize] = Block::Unknown;
@@ -302,6 +305,9 @@ impl Writer {
         for key in std::mem::take(&mut self.services[next as usize]) {
             maps.services.delete(&key).map_err(refused("SERVICES"))?;
         }
+        for key in std::mem::take(&mut self.failed[next as usize]) {
+            maps.failed.delete(&key).map_err(refused("FAILED"))?;
+        }
         let mut blocks = Vec::with_capacity(plan.services.len());
         for (index, service) in (0_u32..).zip(&plan.services) {
             let block =
@@ -319,7 +325,13 @@ impl Writer {
                 idle_ms: u32::try_from(service.idle.as_millis()).unwrap_or(u32::MAX),
                 index,
                 replicate_syn: u32::from(service.replicate_syn),
+                resets: u32::from(!service.failed.is_empty()),
             };
+            for backend in service.failed.iter().filter_map(|index| numbers.get(index.0 as usize)) {
+                let key = FailedKey { service: index, backend: *backend, plan: next };
+                maps.failed.put(&key, &1).map_err(refused("FAILED"))?;
+                self.failed[next as usize].push(key);
+            }
             let alone = ServiceKey { port_be: [0; 2], protocol: 0, ..key };
             for (key, value) in [(key, value), (alone, ServiceValue { block: NO_BLOCK, ..value })] {
                 maps.services.put(&key, &value).map_err(refused("SERVICES"))?;

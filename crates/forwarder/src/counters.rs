@@ -106,6 +106,7 @@ pub const OUTCOME_NAMES: [&str; OUTCOMES] = [
     "fragment_handed_off",
     "held",
     "icmp_steered",
+    "reset",
 ];
 
 /// A reading of a forwarder's counters.

@@ -76,6 +76,8 @@ pub struct PlanService {
     pub slots: Arc<[BackendIndex]>,
     /// Slots that change or changed just now; flows recorded in them are replicated at once.
     pub unsettled: Option<Arc<SlotSet>>,
+    /// Backends that have failed and whose TCP flows are to be reset (`on_failure = "reset"`); few, in no order.
+    pub failed: Arc<[BackendIndex]>,
     /// A flow that no holder has seen for this long is idle.
     pub idle: Duration,
     /// How long a closing flow is kept after its last packet.

@@ -321,7 +321,15 @@ impl<S: Sink> Work<'_, '_, S> {
                 let wrapping = Wrapping::Member { outer, header: &header, fragment: plan.handoff.fragment };
                 self.send(frame, packet, wrapping, &next_hop, offload);
             }
-            Target::EchoReply => self.echo_reply(frame, packet, link, offload),
+            Target::EchoReply => {
+                self.answer(frame, packet, link, offload, |frame| encap::echo_reply(frame, packet, None));
+            }
+            // Nothing of the segment but its headers counts, finished or not.
+            Target::Reset => {
+                self.answer(frame, packet, link, Offload::NONE, |frame| {
+                    encap::tcp_reset(frame, packet, None)
+                });
+            }
             Target::Hold => self.hold(frame, packet, link, arrival),
             Target::Pass if arrival.hops == 0 => self.sink.pass(),
             // A member whose configuration has a service that ours has not.
@@ -559,9 +567,17 @@ impl<S: Sink> Work<'_, '_, S> {
         }
     }
 
+    /// Sends an answer that is made in place back where the packet came from.
     #[cold]
-    fn echo_reply(&mut self, frame: &mut FrameBuf<'_>, packet: &Packet, link: Link, mut offload: Offload) {
-        if !finish(frame, packet, &mut offload) || encap::echo_reply(frame, packet, None).is_err() {
+    fn answer(
+        &mut self,
+        frame: &mut FrameBuf<'_>,
+        packet: &Packet,
+        link: Link,
+        mut offload: Offload,
+        make: impl FnOnce(&mut FrameBuf<'_>) -> Result<(), encap::ReplyError>,
+    ) {
+        if !finish(frame, packet, &mut offload) || make(frame).is_err() {
             return self.drop(Drop::Malformed);
         }
         match link {

@@ -3,6 +3,7 @@
 mod changes;
 mod datagrams;
 mod deaths;
+mod failures;
 mod forming;
 mod http;
 mod limits;

@@ -20,11 +20,12 @@ struct World {
     cached: Option<FlowEntry>,
     /// There is no member in the table.
     alone: bool,
+    failed: Option<BackendIndex>,
 }
 
 impl World {
     fn of(local: MemberSlot) -> Self {
-        Self { local, suspect: None, flow: None, cached: None, alone: false }
+        Self { local, suspect: None, flow: None, cached: None, alone: false, failed: None }
     }
 
     fn decide(&self, arrival: Arrival, flags: u8) -> Decision {
@@ -39,7 +40,12 @@ impl Tables for World {
         Local { slot: self.local, leased: true, seed: FlowSeed([1, 2]), now_ms: 1000 }
     }
     fn service(&self, _: &FlowKey) -> ServiceMatch {
-        ServiceMatch::Service(Service { index: 0, idle_ms: 60_000, replicate_syn: false })
+        ServiceMatch::Service(Service {
+            index: 0,
+            idle_ms: 60_000,
+            replicate_syn: false,
+            resets: self.failed.is_some(),
+        })
     }
     fn row_of(&self, _: &FlowKey, _: u64) -> u32 {
         0
@@ -61,6 +67,9 @@ impl Tables for World {
     }
     fn cached(&self, _: &FlowKey) -> Option<FlowEntry> {
         self.cached
+    }
+    fn has_failed(&self, _: u32, backend: BackendIndex) -> bool {
+        self.failed == Some(backend)
     }
     fn consistent(&self, _: u32, _: u16) -> Choice {
         Choice { backend: CONSISTENT, unsettled: false }

@@ -1,9 +1,9 @@
-//! What we say to a client ourselves: errors about its packets, and answers to its pings.
+//! What we say to a client ourselves: errors about its packets, answers to its pings, and the end of connections whose backend is gone.
 
 use super::{ETHERNET, EncapError, LinkHeader, headers};
 use crate::checksum;
-use crate::key::{ICMP, ICMPV6, unmapped};
-use crate::packet::{Fragment, Frame, Packet, PacketKind};
+use crate::key::{ICMP, ICMPV6, TCP, unmapped};
+use crate::packet::{Fragment, Frame, Packet, PacketKind, tcp_flags};
 
 /// Time to live of what we send ourselves.
 const TTL: u8 = 64;
@@ -136,6 +136,56 @@ pub fn echo_reply<F: Frame>(
         Some(true) => Ok(()),
         _ => Err(ReplyError::NoRoom),
     }
+}
+
+/// Length of a TCP header without options.
+const TCP_LENGTH: u16 = 20;
+
+/// Turns a TCP segment that acknowledges something into the RST that ends its connection; `link` as in [`icmp_error`].
+///
+/// The RST's sequence number is the segment's acknowledgment number and it acknowledges nothing (RFC 9293 §3.10.7.1), so the client
+/// finds it exactly at the left edge of its window and believes it (RFC 5961 §3.2), though we have never seen what the backend sent.
+#[inline(always)]
+pub fn tcp_reset<F: Frame>(
+    frame: &mut F,
+    packet: &Packet,
+    link: Option<&LinkHeader>,
+) -> Result<(), ReplyError> {
+    let flags = packet.tcp_flags();
+    if flags & (tcp_flags::ACK | tcp_flags::RST) != tcp_flags::ACK || !is_one_host(packet) {
+        return Err(ReplyError::NotAllowed);
+    }
+    let family = packet.key.family;
+    let (service, client) = (packet.key.destination, packet.key.source);
+    let header = if family == 4 { 20usize } else { 40 };
+    let l3 = usize::from(packet.l3_offset);
+    // A segment is at least as long: its own headers have these lengths or more.
+    if !frame.truncate(l3.wrapping_add(header).wrapping_add(usize::from(TCP_LENGTH))) {
+        return Err(ReplyError::NoRoom);
+    }
+    let ip = place_link(frame, l3, 0, family, link)?;
+    let tcp = ip.wrapping_add(header);
+    let [s0, s1] = packet.key.destination_port;
+    let [c0, c1] = packet.key.source_port;
+    let [q0, q1, q2, q3] = packet.tcp_acknowledgment.to_be_bytes();
+    let words = [s0, s1, c0, c1, q0, q1, q2, q3, 0, 0, 0, 0, 5 << 4, tcp_flags::RST, 0, 0, 0, 0, 0, 0];
+    if !frame.write(tcp, words) {
+        return Err(ReplyError::NoRoom);
+    }
+    let Some(sum) = checksum::of_frame(frame, tcp, usize::from(TCP_LENGTH)) else {
+        return Err(ReplyError::NoRoom);
+    };
+    let pseudo = checksum::pseudo_header(family, &service, &client, TCP, u32::from(TCP_LENGTH));
+    let summed = frame.write(tcp.wrapping_add(16), checksum::finish(sum.wrapping_add(pseudo)).to_be_bytes());
+    let headed = if family == 4 {
+        let total = TCP_LENGTH.wrapping_add(20);
+        frame.write(ip, headers::ipv4(unmapped(service), unmapped(client), 0, TTL, TCP, total, None))
+    } else {
+        frame.write(ip, headers::ipv6_start(0, 0, TCP_LENGTH, TCP, TTL))
+            && frame.write(ip.wrapping_add(8), service)
+            && frame.write(ip.wrapping_add(24), client)
+    };
+    if summed && headed { Ok(()) } else { Err(ReplyError::NoRoom) }
 }
 
 /// Swaps the addresses of the IP packet at `ip`, gives it a fresh TTL and makes the request at `icmp` a reply.

@@ -7,8 +7,8 @@ use phalanx_flow::packet::Packet;
 use phalanx_flow::{FlowEntry, FlowKey, Row};
 
 use crate::abi::{
-    Backend, CpuCounters, Header, MAX_BACKENDS, MAX_MEMBERS, Member, MemberKey, PLANS, Ports, ROW_BLOCKS,
-    ROWS, SLOTS, ServiceKey, ServiceValue, stage,
+    Backend, CpuCounters, FailedKey, Header, MAX_BACKENDS, MAX_MEMBERS, Member, MemberKey, PLANS, Ports,
+    ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, stage,
 };
 
 /// Which plan is in force: the one word that switches.
@@ -32,6 +32,9 @@ pub(crate) static BACKENDS: Array<Backend> = Array::with_max_entries(PLANS * MAX
 /// Services and their addresses.
 #[map]
 pub(crate) static SERVICES: HashMap<ServiceKey, ServiceValue> = HashMap::with_max_entries(1024, 0);
+/// Backends whose flows are reset.
+#[map]
+pub(crate) static FAILED: HashMap<FailedKey, u32> = HashMap::with_max_entries(PLANS * MAX_BACKENDS, 0);
 /// By block and row.
 #[map]
 pub(crate) static ROW_TABLE: Array<Row> = Array::with_max_entries(ROW_BLOCKS * ROWS, 0);

@@ -16,8 +16,8 @@ use phalanx_flow::packet::{Fragment, Frame, Link, Packet, PacketKind, Reader, pa
 use phalanx_flow::{Arrival, FlowEntry, FlowKey, FlowState, MemberId, MemberSlot, Method, Verdict};
 
 use crate::abi::{
-    Backend, CpuCounters, DROP_REASONS, EVENT_ECHO, FRAGMENT_LIFE_MS, FibLookup, Header, Hop, MAX_BACKENDS, MAX_MEMBERS,
-    Member, OUTCOME_COUNTERS, PUNT_BYTES, Ports, Punt, RawEvent, drops, punt, stage,
+    Backend, CpuCounters, DROP_REASONS, EVENT_ECHO, FRAGMENT_LIFE_MS, FibLookup, Header, Hop, MAX_BACKENDS,
+    MAX_MEMBERS, Member, OUTCOME_COUNTERS, PUNT_BYTES, Ports, Punt, RawEvent, drops, punt, stage,
 };
 use crate::frame::XdpFrame;
 use crate::maps::{
@@ -248,6 +248,11 @@ pub fn phalanx_decide(ctx: XdpContext) -> u32 {
             work.why = punt::ECHO;
             go(&ctx, stage::PUNT)
         }
+        // Rare, and soon over: user space makes the answer.
+        Verdict::Reset => {
+            work.why = punt::RESET;
+            go(&ctx, stage::PUNT)
+        }
         Verdict::Hold => {
             work.why = punt::HOLD;
             go(&ctx, stage::PUNT)
@@ -295,13 +300,20 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View) {
                     }
                 }
                 Err(_) => {
-                    counters.table_full = counters.table_full.wrapping_add(1);
-                    // What is half-open stays so: the flow goes on by what is there.
+                    full = true;
+                    // What is half-open stays so, and nobody needs to hear of it: the flow goes on by what is there.
                     if let Some(entry) = view.found.get() {
                         // SAFETY: the verifier knows where it points.
                         unsafe { (*entry).last_seen_ms = decision.entry.last_seen_ms };
                     }
                 }
+            }
+        }
+        Action::Remove => {
+            if matches!(view.place.get(), Place::Flows) {
+                let _ = FLOWS.remove(&decision.key);
+            } else if HALF_OPEN.remove(&decision.key).is_ok() {
+                counters.half_open_out = counters.half_open_out.wrapping_add(1);
             }
         }
         Action::Update | Action::UpdateCache => {

@@ -8,9 +8,11 @@ use phalanx_flow::hash::RowFunction;
 use phalanx_flow::member::Liveness;
 use phalanx_flow::{BackendIndex, FlowEntry, FlowKey, FlowSeed, MemberId, MemberSlot, Row};
 
-use crate::abi::{CRC8_ROWS, Header, MAX_MEMBERS, MemberKey, NO_BLOCK, ROWS, SLOTS, ServiceKey, UNSETTLED};
+use crate::abi::{
+    CRC8_ROWS, FailedKey, Header, MAX_MEMBERS, MemberKey, NO_BLOCK, ROWS, SLOTS, ServiceKey, UNSETTLED,
+};
 use crate::maps::{
-    CACHE, FLOWS, FRAGMENTS, HALF_OPEN, LEASE, MEMBER_SLOTS, MEMBERS, ROW_TABLE, SERVICES, SLOT_TABLE,
+    CACHE, FAILED, FLOWS, FRAGMENTS, HALF_OPEN, LEASE, MEMBER_SLOTS, MEMBERS, ROW_TABLE, SERVICES, SLOT_TABLE,
 };
 
 /// Where an entry was found.
@@ -98,6 +100,7 @@ impl Tables for View {
                 index: value.index,
                 idle_ms: value.idle_ms,
                 replicate_syn: value.replicate_syn != 0,
+                resets: value.resets != 0,
             });
         }
         if is_service_address(&key.destination, self.plan) {
@@ -175,6 +178,11 @@ impl Tables for View {
         self.found.set(Some(found));
         // SAFETY: as above.
         Some(unsafe { *found })
+    }
+
+    #[inline(always)]
+    fn has_failed(&self, service: u32, backend: BackendIndex) -> bool {
+        FAILED.get_ptr(&FailedKey { service, backend: backend.0, plan: self.plan }).is_some()
     }
 
     #[inline(always)]

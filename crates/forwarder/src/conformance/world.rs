@@ -36,6 +36,8 @@ pub struct World {
     pub backend: u32,
     /// Every slot changes just now.
     pub unsettled: bool,
+    /// A backend that has failed and whose flows are reset.
+    pub failed: Option<u32>,
     /// Replicate on the first packet.
     pub replicate_syn: bool,
     /// Fragment hand-offs where the path is too narrow.
@@ -54,6 +56,7 @@ impl Default for World {
             liveness: Vec::new(),
             backend: 0,
             unsettled: false,
+            failed: None,
             replicate_syn: false,
             fragment_hand_offs: false,
             mtu: 1500,
@@ -118,6 +121,7 @@ impl World {
             protocol,
             slots: slots(self.backend),
             unsettled: self.unsettled.then(|| Arc::new(SlotSet::new(0..=u16::MAX))),
+            failed: self.failed.map(BackendIndex).into_iter().collect(),
             idle: Duration::from_secs(60),
             linger: Duration::from_secs(10),
             reset_linger: Duration::from_secs(1),

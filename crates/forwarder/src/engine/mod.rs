@@ -91,6 +91,7 @@ impl CompiledPlan {
                 index,
                 idle_ms: u32::try_from(service.idle.as_millis()).unwrap_or(u32::MAX),
                 replicate_syn: service.replicate_syn,
+                resets: !service.failed.is_empty(),
             };
             services.insert((address, service.port.to_be_bytes(), service.protocol), read);
             addresses.insert(address, ());
@@ -152,6 +153,8 @@ pub enum Target {
     Drop,
     /// Answer the ping in place.
     EchoReply,
+    /// Answer the segment with a RST.
+    Reset,
     /// Keep it a little while: a later fragment.
     Hold,
     /// To a backend.
@@ -292,6 +295,10 @@ impl Tables for View<'_, '_> {
         self.with_shard(|shard, _| shard.cache.get(key).copied())
     }
 
+    fn has_failed(&self, service: u32, backend: BackendIndex) -> bool {
+        self.plan().service(service).is_some_and(|service| service.failed.contains(&backend))
+    }
+
     fn consistent(&self, service: u32, slot: u16) -> Choice {
         let Some(service) = self.plan().service(service) else {
             return Choice { backend: BackendIndex::NONE, unsettled: false };
@@ -358,6 +365,7 @@ impl Batch<'_> {
             Verdict::Pass => return Target::Pass,
             Verdict::Drop(_) => return Target::Drop,
             Verdict::EchoReply => return Target::EchoReply,
+            Verdict::Reset => return Target::Reset,
             Verdict::Hold => return Target::Hold,
             Verdict::Forward(index) => (|| {
                 Some(Target::Backend {
@@ -580,6 +588,10 @@ impl Engine {
                         }
                     }
                     put
+                }
+                Action::Remove => {
+                    shard.remove(decision.hash, &decision.key);
+                    Put::Done
                 }
                 Action::UpdateCache => {
                     if let Some(entry) = shard.cache.get_mut(&decision.key) {

@@ -14,8 +14,8 @@ use super::reader::{self, At, Section, Source};
 use super::{
     ADMIN_PORT, AdminConfig, BackendConfig, BackupSite, CacheMode, ClusterConfig, Config, DEFAULT_WEIGHT,
     ForwarderConfig, ForwarderKind, GOSSIP_PORT, GUE_PORT, HANDOFF_PORT, HealthConfig, HealthKind, LogConfig,
-    LogFormat, MAX_SEEDS, MAX_WEIGHT, MemberConfig, PinDir, Profile, Protocol, Replicate, ScoringKind, Seed,
-    ServiceConfig, TRANSFER_PORT, id_of, method_name,
+    LogFormat, MAX_SEEDS, MAX_WEIGHT, MemberConfig, OnFailure, PinDir, Profile, Protocol, Replicate,
+    ScoringKind, Seed, ServiceConfig, TRANSFER_PORT, id_of, method_name,
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -490,6 +490,11 @@ fn health(section: &mut Section<'_, '_>, protocol: Protocol) -> HealthConfig {
         timeout: timeout.value,
         rise: section.integer("rise", 1..=100, 2),
         fall: section.integer("fall", 1..=100, 3),
+        on_failure: section
+            .take("on_failure", |value| {
+                reader::choice(value, &[("keep", OnFailure::Keep), ("reset", OnFailure::Reset)])
+            })
+            .map_or(OnFailure::Keep, |at| at.value),
     }
 }
 

@@ -386,6 +386,18 @@ pub struct HealthConfig {
     pub rise: u32,
     /// Bad checks in a row until a backend is not healthy any more: 1 to 100, default 3.
     pub fall: u32,
+    /// What becomes of the connections of a backend that is not healthy, default keep. New ones go elsewhere in any case.
+    pub on_failure: OnFailure,
+}
+
+/// `health.on_failure`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFailure {
+    /// They stay, in case the backend comes back before the client gives up.
+    #[default]
+    Keep,
+    /// The client's next packet is answered with a RST, so that it can connect anew at once.
+    Reset,
 }
 
 /// `health.kind` and what belongs to it.

@@ -279,6 +279,14 @@ fn health_checks_fit_their_service() {
         &["service.health.path", "only with kind"],
     );
     says(&with("kind = \"tcp\"", "udp").unwrap_err()[0].to_string(), 17, &["service.health.kind", "UDP"]);
+    assert_eq!(health.on_failure, OnFailure::Keep);
+    let reset = with("kind = \"tcp\"\non_failure = \"reset\"", "tcp").unwrap().services[0].health.clone();
+    assert_eq!(reset.unwrap().on_failure, OnFailure::Reset);
+    says(
+        &with("kind = \"tcp\"\non_failure = \"drop\"", "tcp").unwrap_err()[0].to_string(),
+        18,
+        &["service.health.on_failure", "keep", "reset"],
+    );
     says(&with("rise = 0", "tcp").unwrap_err()[0].to_string(), 16, &["service.health.kind", "lacks"]);
 }
 

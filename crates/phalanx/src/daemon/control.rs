@@ -26,7 +26,7 @@ use super::next_hops::NextHopDriver;
 use super::peers::{Link, Peer, PeerEvent, Peers};
 use super::resume;
 use super::status::{Shared, Status};
-use crate::config::{Config, ServiceConfig};
+use crate::config::{Config, OnFailure, ServiceConfig};
 use crate::health::{Candidate, HealthChange, HealthDriver, usable_backends};
 
 /// How often the forwarder's events are taken: the delay a flow is unprotected for at least, against wakeups.
@@ -373,6 +373,16 @@ impl ControlDriver {
         usable_of(service, |id| self.health.get(&(service.name.clone(), *id)).copied().unwrap_or(true))
     }
 
+    /// The backends of a service whose flows are reset: those that fail their checks, unless all do (fail open).
+    fn failed(&self, service: &ServiceConfig) -> Vec<BackendId> {
+        let reset = service.health.as_ref().is_some_and(|health| health.on_failure == OnFailure::Reset);
+        if !reset || self.usable(service).1 {
+            return Vec::new();
+        }
+        let ids = service.backends.iter().map(|backend| service.backend_id(backend));
+        ids.filter(|id| self.health.get(&(service.name.clone(), *id)) == Some(&false)).collect()
+    }
+
     /// Brings the backend tables in line with configuration and health; half-open flows in slots that change are replicated first.
     pub fn update_backends(&mut self) {
         let now = Instant::now();
@@ -385,6 +395,9 @@ impl ControlDriver {
         let usable: Vec<Vec<RankedBackend>> =
             self.config.services.iter().map(|service| self.usable(service).0).collect();
         self.core.set_usable(now, &usable);
+        let failed: Vec<Vec<BackendId>> =
+            self.config.services.iter().map(|service| self.failed(service)).collect();
+        self.core.set_failed(&failed);
     }
 
     fn handle_request(&mut self, request: Request) {

@@ -384,7 +384,8 @@ impl World {
                     self.push_in(late, Event::AtMember { node: to, packet, arrival });
                 }
             }
-            Verdict::Pass | Verdict::Drop(_) | Verdict::EchoReply | Verdict::Hold => {}
+            // Nobody sets `on_failure = "reset"` here, sends pings or fragments.
+            Verdict::Pass | Verdict::Drop(_) | Verdict::EchoReply | Verdict::Reset | Verdict::Hold => {}
         }
     }
 

@@ -60,6 +60,9 @@ struct Member {
 }
 
 impl Tables for Member {
+    fn has_failed(&self, _: u32, _: BackendIndex) -> bool {
+        false
+    }
     fn local(&self) -> Local {
         Local { slot: self.local, leased: self.leased, seed: SEED, now_ms: NOW_MS }
     }
@@ -218,7 +221,7 @@ fn any_member(dice: &mut Dice, id: MemberId, members: usize, key: FlowKey) -> Me
 }
 
 const SERVICE: ServiceMatch =
-    ServiceMatch::Service(Service { index: 0, idle_ms: 60_000, replicate_syn: false });
+    ServiceMatch::Service(Service { index: 0, idle_ms: 60_000, replicate_syn: false, resets: false });
 
 /// Who gets a packet, one after the other, and what becomes of it in the end. A chain of more than 32 hand-offs ends as it is.
 struct Chain {
@@ -243,6 +246,7 @@ fn follow(
             Action::Keep => {}
             Action::Insert | Action::Update => member.flow = Some((decision.key, decision.entry)),
             Action::UpdateCache => member.cached = Some((decision.key, decision.entry)),
+            Action::Remove => member.flow = None,
         }
         if decision.erase_cache {
             member.cached = None;

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
-use crate::config::HealthKind;
+use crate::config::{HealthKind, OnFailure};
 
 fn target(interval_ms: u64, rise: u32, fall: u32) -> Target {
     Target {
@@ -16,6 +16,7 @@ fn target(interval_ms: u64, rise: u32, fall: u32) -> Target {
             timeout: Duration::from_millis(interval_ms),
             rise,
             fall,
+            on_failure: OnFailure::Keep,
         },
         source: "10.0.1.11".parse().unwrap(),
     }

@@ -217,7 +217,7 @@ fn carry_out(
     bytes.extend_from_slice(frame);
     if let Some(mut frame) = FrameBuf::new(&mut bytes, HEADROOM, frame.len()) {
         let batch = engine.batch();
-        rewrite::carry_out(&batch, scratch, &mut frame, link, &Arrival::WIRE, &decision, sender);
+        rewrite::carry_out(&batch, scratch, &mut frame, link, punt.ingress, &decision, sender);
     }
 }
 

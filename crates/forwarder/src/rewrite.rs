@@ -129,23 +129,24 @@ pub fn process_datagram<S: Sink>(
 }
 
 /// Carries out a decision that was made elsewhere, and recorded and counted there: what the kernel's program leaves to user space.
+/// Answers on Ethernet go out where the frame came in, by the interface `ingress`.
 pub fn carry_out<S: Sink>(
     batch: &Batch<'_>,
     scratch: &mut Scratch,
     frame: &mut FrameBuf<'_>,
     link: Link,
-    arrival: &Arrival,
+    ingress: u32,
     decision: &Decision,
     sink: &mut S,
 ) {
     let Ok(packet) = parse(frame, link) else {
         return batch.engine().counters.count_drop(Drop::Malformed);
     };
-    Work { batch, scratch, ingress: 0, sink }.carry_out(
+    Work { batch, scratch, ingress, sink }.carry_out(
         frame,
         &packet,
         link,
-        arrival,
+        &Arrival::WIRE,
         decision,
         Offload::NONE,
     );

@@ -235,8 +235,12 @@ fn packet_socket(interface: u32) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Receives one frame, with the VLAN tag that the kernel takes off and tells apart (packet(7), `PACKET_AUXDATA`).
-fn receive_one(socket: &Socket, buffer: &mut [u8]) -> io::Result<Vec<u8>> {
+/// Receives one frame, with the VLAN tag that the kernel takes off and tells apart (packet(7), `PACKET_AUXDATA`)
+/// to sockets that have this option.
+///
+/// # Errors
+/// What `recvmsg` says; `WouldBlock` if nothing comes within the socket's timeout.
+pub fn receive_one(socket: &Socket, buffer: &mut [u8]) -> io::Result<Vec<u8>> {
     let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     // Aligned as control messages must be.
     let mut control = [0_u64; 16];

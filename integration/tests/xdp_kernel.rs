@@ -86,7 +86,7 @@ impl Site {
         self.netns
             .enter(|| {
                 for number in numbers {
-                    self.forwarder.test_run(&syn(number)).expect("run");
+                    self.forwarder.test_run(self.interface, &syn(number)).expect("run");
                 }
             })
             .expect("enter");

@@ -1,4 +1,4 @@
-//! `cargo xtask ebpf`: builds, checks and shows the program that the kernel runs.
+//! `cargo xtask ebpf`: builds, checks and shows the programs that the kernel runs.
 //!
 //! Its toolchain is one of its own, and stable cargo does without it because the object is committed:
 //! a compiler with the target's core library (Debian: `rustc-web`, `libstd-rust-web-dev-bpf`), `bpf-linker` 0.13 (feature `llvm-22`)
@@ -10,48 +10,72 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Subcommand;
-use phalanx_forwarder_xdp::object::source_digest;
+use phalanx_forwarder_xdp::object::{bench_source_digest, source_digest};
 
 /// The target: little-endian.
 const TARGET: &str = "bpfel-unknown-none";
-/// Where the crate is, and the object in it.
+/// Where the crate is, and the objects in it.
 const CRATE: &str = "crates/forwarder-xdp";
+
+/// An object: its name, its crate below [`CRATE`], and the digest of its sources.
+struct Object {
+    name: &'static str,
+    workspace: &'static str,
+    digest: fn(&Path) -> std::io::Result<String>,
+}
+
+/// The program, and those that its benchmark compares it with.
+const OBJECTS: [Object; 2] = [
+    Object { name: "phalanx-xdp", workspace: "ebpf", digest: source_digest },
+    Object { name: "phalanx-xdp-bench", workspace: "bench", digest: bench_source_digest },
+];
 
 /// What to do with the program.
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub(crate) enum Task {
-    /// Build the object and put it in its place.
+    /// Build the objects and put them in their places.
     Build,
-    /// Build it, and say whether the committed one is the same.
+    /// Build them, and say whether the committed ones are the same.
     Check,
-    /// Show the committed object's instructions.
+    /// Show the committed objects' instructions.
     Disasm,
 }
 
 /// Does it.
 pub(crate) fn run(task: Task, root: &Path) -> Result<()> {
-    let object = root.join(CRATE).join("phalanx-xdp.o");
-    let sources = root.join(CRATE).join("phalanx-xdp.sources");
+    for object in &OBJECTS {
+        run_one(task, root, object)?;
+    }
+    Ok(())
+}
+
+fn run_one(task: Task, root: &Path, object: &Object) -> Result<()> {
+    let committed = root.join(CRATE).join(object.name).with_extension("o");
+    let sources = committed.with_extension("sources");
     match task {
         Task::Build => {
-            fs::write(&object, build(root)?)?;
-            fs::write(&sources, source_digest(root)?)?;
-            println!("{} bytes in {}", fs::metadata(&object)?.len(), object.display());
+            fs::write(&committed, build(root, object)?)?;
+            fs::write(&sources, (object.digest)(root)?)?;
+            println!("{} bytes in {}", fs::metadata(&committed)?.len(), committed.display());
         }
         Task::Check => {
-            if fs::read_to_string(&sources)? != source_digest(root)? {
-                bail!("the sources have changed since the object was built: cargo xtask ebpf build");
-            }
-            if fs::read(&object)? != build(root)? {
+            if fs::read_to_string(&sources)? != (object.digest)(root)? {
                 bail!(
-                    "the object is not what these sources build to: another toolchain, or cargo xtask ebpf build"
+                    "the sources of {} have changed since it was built: cargo xtask ebpf build",
+                    object.name
                 );
             }
-            println!("the object is what its sources build to");
+            if fs::read(&committed)? != build(root, object)? {
+                bail!(
+                    "{} is not what its sources build to: another toolchain, or cargo xtask ebpf build",
+                    object.name
+                );
+            }
+            println!("{} is what its sources build to", object.name);
         }
         Task::Disasm => {
             let tool = tool("PHALANX_OBJDUMP", "/usr/lib/llvm-22/bin/llvm-objdump", "llvm-objdump");
-            let status = Command::new(tool).arg("-d").arg("--no-show-raw-insn").arg(&object).status()?;
+            let status = Command::new(tool).arg("-d").arg("--no-show-raw-insn").arg(&committed).status()?;
             if !status.success() {
                 bail!("llvm-objdump ended with {status}");
             }
@@ -69,9 +93,9 @@ fn tool(variable: &str, usual: &str, name: &str) -> PathBuf {
     }
 }
 
-fn build(root: &Path) -> Result<Vec<u8>> {
+fn build(root: &Path, object: &Object) -> Result<Vec<u8>> {
     let directory = root.join("target/ebpf");
-    let workspace = root.join(CRATE).join("ebpf");
+    let workspace = root.join(CRATE).join(object.workspace);
     let cargo_home = std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")));
@@ -100,8 +124,8 @@ fn build(root: &Path) -> Result<Vec<u8>> {
     if !status.success() {
         bail!("the program was not built ({status}); its toolchain is described in docs/design/0004-xdp.md");
     }
-    let built = directory.join(TARGET).join("release/phalanx-xdp");
-    let stripped = directory.join("phalanx-xdp.o");
+    let built = directory.join(TARGET).join("release").join(object.name);
+    let stripped = directory.join(object.name).with_extension("o");
     // DWARF is of no use to the kernel, and line information makes half of what is left.
     let status = Command::new(tool("PHALANX_OBJCOPY", "/usr/lib/llvm-22/bin/llvm-objcopy", "llvm-objcopy"))
         .args(["--strip-debug", "--remove-section=.BTF.ext", "--remove-section=.rel.BTF.ext"])

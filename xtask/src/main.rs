@@ -72,6 +72,8 @@ enum Task {
 enum Bench {
     /// Packets per second of the raw-socket forwarder against one that decides nothing. Needs root.
     Rawsock,
+    /// What the kernel's program costs a packet, beside a reflector and a minimal program. Needs root. `-- --json` for machines.
+    Xdp,
     /// One change among 1,000 members or backends, beside the full rebuild.
     Ranking,
 }
@@ -151,6 +153,10 @@ fn bench(root: &Path, which: Bench, arguments: &[String]) -> Result<()> {
     match which {
         Bench::Ranking => {
             execute(cargo(root, &["bench", "-p", "phalanx-flow", "--bench", "ranking", "--"]).args(arguments))
+        }
+        Bench::Xdp => {
+            let run = ["run", "--release", "-p", "phalanx-forwarder-xdp", "--example", "bench", "--"];
+            execute(cargo(root, &run).args(arguments))
         }
         Bench::Rawsock => {
             let example = "crates/forwarder-rawsock/examples/bench.rs";

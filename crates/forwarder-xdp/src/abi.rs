@@ -254,8 +254,10 @@ pub mod drops {
     pub const BAD_HANDOFF: usize = 8;
     /// A later fragment without its first.
     pub const FRAGMENT: usize = 9;
-    /// No service here.
+    /// No service here. This and the next two have the numbers of `flow`'s reasons.
     pub const NO_SERVICE: usize = 0;
+    /// Nobody owns the row.
+    pub const NOT_JOINED: usize = 13;
     /// No room in front of the packet, or the path to user space is full.
     pub const TRANSMIT: usize = 10;
 }

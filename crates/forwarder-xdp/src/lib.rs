@@ -24,7 +24,7 @@ mod punts;
 mod run;
 mod writer;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
@@ -35,6 +35,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use aya::maps::{MapData, RingBuf};
+use phalanx_flow::decide::DropReason;
 use phalanx_flow::{BackendId, FlowEntry, FlowEvent, FlowEventKind, FlowKey, MemberSlot, Record, flow_hash};
 use phalanx_forwarder::engine::entry::{entry_of, is_replaced, life, record_of};
 use phalanx_forwarder::engine::{Engine, TableLimits};
@@ -64,6 +65,11 @@ const _: () = assert!(
         && drops::BAD_HANDOFF == Reason::BadHandoff as usize
         && drops::FRAGMENT == Reason::Fragment as usize
         && drops::NO_SERVICE == Reason::NoService as usize
+        && drops::NOT_JOINED == Reason::NotJoined as usize
+        // The program takes these numbers from `flow`.
+        && DropReason::NoService as usize == Reason::NoService as usize
+        && DropReason::NoBackend as usize == Reason::NoBackend as usize
+        && DropReason::Protocol as usize == Reason::Protocol as usize
         && drops::TRANSMIT == Reason::Transmit as usize
 );
 
@@ -88,7 +94,7 @@ pub struct XdpForwarder {
     maps: Arc<Maps>,
     names: Arc<RwLock<Names>>,
     writer: Mutex<Writer>,
-    events: Mutex<RingBuf<MapData>>,
+    events: Mutex<Events>,
     echoes: Mutex<Vec<u64>>,
     scan: Mutex<Scan>,
     counted: Mutex<Counted>,
@@ -102,6 +108,44 @@ pub struct XdpForwarder {
     half_open_evicted: AtomicU64,
     punts: Mutex<Option<JoinHandle<()>>>,
     attached: Mutex<Option<pins::Attached>>,
+}
+
+/// Events of flows that are kept at the most while only echoes are asked for; what is beyond stays in the kernel's ring.
+const MAX_WAITING: usize = 1 << 16;
+
+/// What the kernel tells: events of flows and echoes come by one ring.
+struct Events {
+    ring: RingBuf<MapData>,
+    /// Events of flows that were before an echo.
+    waiting: VecDeque<RawEvent>,
+}
+
+impl Events {
+    /// The next event of a flow; what comes before it goes where it belongs.
+    fn next(&mut self, echoes: &mut Vec<u64>) -> Option<RawEvent> {
+        self.waiting.pop_front().or_else(|| self.read(echoes))
+    }
+
+    /// The same out of the ring.
+    fn read(&mut self, echoes: &mut Vec<u64>) -> Option<RawEvent> {
+        while let Some(item) = self.ring.next() {
+            match RawEvent::from_bytes(&item) {
+                Some(event) if event.kind == EVENT_ECHO => echoes.push(event.entry.birth),
+                Some(event) => return Some(event),
+                None => {}
+            }
+        }
+        None
+    }
+
+    /// Goes through the ring for the echoes in it.
+    fn find_echoes(&mut self, echoes: &mut Vec<u64>) {
+        while self.waiting.len() < MAX_WAITING
+            && let Some(event) = self.read(echoes)
+        {
+            self.waiting.push_back(event);
+        }
+    }
 }
 
 /// What an earlier process left, and this one goes on with.
@@ -236,7 +280,7 @@ impl XdpForwarder {
             maps,
             names,
             writer: Mutex::new(writer),
-            events: Mutex::new(events),
+            events: Mutex::new(Events { ring: events, waiting: VecDeque::new() }),
             echoes: Mutex::default(),
             scan: Mutex::default(),
             counted: Mutex::default(),
@@ -260,11 +304,21 @@ impl XdpForwarder {
         self.adopted.as_ref()
     }
 
-    /// The program that is attached, for `BPF_PROG_TEST_RUN`: what it returns for a frame, and the frame then.
-    pub fn test_run(&self, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    /// Runs the program that is attached by `BPF_PROG_TEST_RUN`, as for a frame that came in on `ingress`, one of our interfaces in the
+    /// calling thread's namespace: what it returns, and the frame then.
+    pub fn test_run(&self, ingress: u32, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
         let attached = lock(&self.attached);
         let Some(attached) = attached.as_ref() else { return Err(io::ErrorKind::NotConnected.into()) };
-        run(attached.program(abi::ENTRY)?.fd().map_err(io::Error::other)?.as_fd(), frame)
+        // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+        let context = [0, frame.len() as u32, 0, ingress, 0, 0].map(u32::to_ne_bytes).concat();
+        run(attached.program(abi::ENTRY)?.fd().map_err(io::Error::other)?.as_fd(), frame, Some(&context))
+    }
+
+    /// The kernel's number of the program that is attached, by which other programs and tools find it.
+    pub fn program_id(&self) -> io::Result<u32> {
+        let attached = lock(&self.attached);
+        let Some(attached) = attached.as_ref() else { return Err(io::ErrorKind::NotConnected.into()) };
+        Ok(attached.program(abi::ENTRY)?.info().map_err(io::Error::other)?.id())
     }
 
     /// Lets go of the programs, and leaves those that are pinned as they are, with their tables.
@@ -308,9 +362,10 @@ impl XdpForwarder {
                 bytes.extend_from_slice(&change.to_bytes());
             }
             let answer = match &apply {
-                Ok(program) => {
-                    program.fd().map_err(io::Error::other).and_then(|program| run(program.as_fd(), &bytes))
-                }
+                Ok(program) => program
+                    .fd()
+                    .map_err(io::Error::other)
+                    .and_then(|program| run(program.as_fd(), &bytes, None)),
                 Err(error) => Err(error.kind().into()),
             };
             match answer {
@@ -561,15 +616,10 @@ impl Forwarder for XdpForwarder {
         let before = events.len();
         self.find_expired(events);
         let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        let mut ring = lock(&self.events);
+        let mut told = lock(&self.events);
         let now_ms = now_ms();
         while events.len() - before < limit {
-            let Some(item) = ring.next() else { return false };
-            let Some(event) = RawEvent::from_bytes(&item) else { continue };
-            if event.kind == EVENT_ECHO {
-                lock(&self.echoes).push(event.entry.birth);
-                continue;
-            }
+            let Some(event) = told.next(&mut lock(&self.echoes)) else { return false };
             if let (Some(kind), Some(record)) =
                 (kind_of(event.kind), self.record(&names, &event.key, &event.entry, now_ms))
             {
@@ -585,7 +635,10 @@ impl Forwarder for XdpForwarder {
     }
 
     fn poll_echoes(&self, tokens: &mut Vec<u64>) {
-        tokens.append(&mut lock(&self.echoes));
+        let mut told = lock(&self.events);
+        let mut echoes = lock(&self.echoes);
+        told.find_echoes(&mut echoes);
+        tokens.append(&mut echoes);
     }
 
     fn send_probe(&self, backend: &BackendId, ip_packet: &[u8]) -> Result<(), SendError> {

@@ -31,6 +31,18 @@ pub fn source_digest(root: &Path) -> io::Result<String> {
     ];
     add_sources(&ours.join("ebpf/src"), &mut files)?;
     add_sources(&root.join("crates/flow/src"), &mut files)?;
+    digest(root, files)
+}
+
+/// The same of the programs that the benchmark compares with.
+pub fn bench_source_digest(root: &Path) -> io::Result<String> {
+    let bench = root.join("crates/forwarder-xdp/bench");
+    let mut files = ["abi.rs", "Cargo.toml", "Cargo.lock"].map(|name| bench.join(name)).to_vec();
+    add_sources(&bench.join("src"), &mut files)?;
+    digest(root, files)
+}
+
+fn digest(root: &Path, mut files: Vec<PathBuf>) -> io::Result<String> {
     files.sort();
     let mut text = Vec::new();
     for file in files {

@@ -130,7 +130,7 @@ impl Worker {
             encap::hand_off(&mut frame, &packet, &header, &outer, u16::MAX, &link)
                 .map_err(|error| io::Error::other(format!("{error:?}")))?;
         }
-        let (verdict, out) = run(self.entry.as_fd(), frame.bytes())?;
+        let (verdict, out) = run(self.entry.as_fd(), frame.bytes(), None)?;
         // Dropped, and counted by the program; or given to us again.
         if verdict != XDP_TX && verdict != XDP_REDIRECT {
             return Ok(());

@@ -32,8 +32,12 @@ struct TestAttr {
     pad: u32,
 }
 
-/// What the program returns for `bytes`, and what it made of them.
-pub(crate) fn run(program: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+/// What the program returns for `bytes`, and what it made of them. Without a `context` (`struct xdp_md`) they came in by the loopback.
+pub(crate) fn run(
+    program: BorrowedFd<'_>,
+    bytes: &[u8],
+    context: Option<&[u8]>,
+) -> io::Result<(u32, Vec<u8>)> {
     let mut out = vec![0; bytes.len() + ROOM];
     let mut attribute = TestAttr {
         program: program.as_raw_fd().cast_unsigned(),
@@ -41,6 +45,8 @@ pub(crate) fn run(program: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<(u32, Vec
         size_out: out.len() as u32,
         data_in: bytes.as_ptr() as usize as u64,
         data_out: out.as_mut_ptr() as usize as u64,
+        context_size_in: context.map_or(0, |context| context.len() as u32),
+        context_in: context.map_or(0, |context| context.as_ptr() as usize as u64),
         ..TestAttr::default()
     };
     bpf(TEST_RUN, &mut attribute)?;

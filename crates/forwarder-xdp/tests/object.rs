@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use phalanx_forwarder_xdp::abi::{APPLY, ENTRY, STAGES};
-use phalanx_forwarder_xdp::object::{OBJECT, OBJECT_SOURCES, source_digest};
+use phalanx_forwarder_xdp::object::{OBJECT, OBJECT_SOURCES, bench_source_digest, source_digest};
+
+/// Digest of the sources of the programs that the benchmark compares with.
+const BENCH_SOURCES: &str = include_str!("../phalanx-xdp-bench.sources");
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
@@ -16,8 +19,9 @@ fn names(name: &str) -> bool {
 }
 
 #[test]
-fn the_object_was_built_from_these_sources() {
+fn the_objects_were_built_from_these_sources() {
     assert_eq!(source_digest(root()).unwrap(), OBJECT_SOURCES, "cargo xtask ebpf build");
+    assert_eq!(bench_source_digest(root()).unwrap(), BENCH_SOURCES, "cargo xtask ebpf build");
 }
 
 #[test]

@@ -63,6 +63,52 @@ impl XdpFrame<'_> {
     }
 }
 
+/// Reads `N` bytes in words: the compiler knows of no alignment and would read them one by one.
+///
+/// # Safety
+/// They are in the packet, and the verifier knows it.
+#[inline(always)]
+unsafe fn load<const N: usize>(place: *const [u8; N]) -> [u8; N] {
+    if N >= 40 {
+        // Only the daemon's changes of flows are so long.
+        // SAFETY: as the caller promises.
+        return unsafe { *place };
+    }
+    let mut bytes = [0; N];
+    macro_rules! word {
+        ($type:ty, $read:literal, $at:expr) => {{
+            let word: u64;
+            // SAFETY: within the `N` bytes, as the caller of `load` promises; aligned or not is one to the processor.
+            unsafe {
+                asm!($read, out(reg) word, in(reg) place, const $at, options(pure, readonly, nostack, preserves_flags));
+                bytes.as_mut_ptr().add($at).cast::<[u8; size_of::<$type>()]>().write((word as $type).to_ne_bytes());
+            }
+        }};
+    }
+    if N >= 8 {
+        word!(u64, "{0} = *(u64 *)({1} + {2})", 0);
+    }
+    if N >= 16 {
+        word!(u64, "{0} = *(u64 *)({1} + {2})", 8);
+    }
+    if N >= 24 {
+        word!(u64, "{0} = *(u64 *)({1} + {2})", 16);
+    }
+    if N >= 32 {
+        word!(u64, "{0} = *(u64 *)({1} + {2})", 24);
+    }
+    if N & 4 != 0 {
+        word!(u32, "{0} = *(u32 *)({1} + {2})", const { N / 8 * 8 });
+    }
+    let mut at = N / 4 * 4;
+    while at < N {
+        // SAFETY: as above.
+        unsafe { bytes.as_mut_ptr().add(at).write(*place.cast::<u8>().add(at)) };
+        at += 1;
+    }
+    bytes
+}
+
 impl Reader for XdpFrame<'_> {
     #[inline(always)]
     fn len(&self) -> usize {
@@ -71,8 +117,9 @@ impl Reader for XdpFrame<'_> {
 
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let place = self.at::<N>(offset)?;
         // SAFETY: `at` compared it with the end.
-        Some(unsafe { *self.at::<N>(offset)? })
+        Some(unsafe { load(place) })
     }
 }
 

@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use aya_ebpf::helpers::{bpf_redirect, bpf_xdp_load_bytes};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use phalanx_flow::decide::{Action, Outcome, decide_into};
+use phalanx_flow::decide::{Action, DropReason, Outcome, decide_into};
 use phalanx_flow::encap::{
     EncapError, HandOffError, HandOffFlags, HandOffHeader, LinkHeader, OpenError, Outer, echo_reply,
     encapsulate, hand_off, open, parse_hand_off,
@@ -109,7 +109,8 @@ pub fn phalanx(ctx: XdpContext) -> u32 {
                 && packet.key.family == header.local_family
                 && same(&packet.key.destination, &header.local_address);
             work.packet = packet;
-            go(&ctx, if to_us { stage::OPEN } else { stage::DECIDE })
+            // Two calls, because the kernel makes a plain jump of one whose stage is a constant.
+            if to_us { go(&ctx, stage::OPEN) } else { go(&ctx, stage::DECIDE) }
         }
         Err(error) => {
             if error.family != 0 && is_service_address(&error.destination, plan) {
@@ -260,6 +261,7 @@ pub fn phalanx_decide(ctx: XdpContext) -> u32 {
         Verdict::Pass if work.arrival.hops == 0 => XDP_PASS,
         // A member whose configuration has a service that ours has not.
         Verdict::Pass => drop(counters, drops::NO_SERVICE),
+        Verdict::Drop(DropReason::NotJoined) => drop(counters, drops::NOT_JOINED),
         Verdict::Drop(reason) => drop(counters, reason as usize),
     }
 }
@@ -342,8 +344,8 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View) {
             let place = event.as_mut_ptr();
             // SAFETY: the place was reserved, and every byte of it is written.
             unsafe {
-                (*place).key = decision.key;
-                (*place).entry = decision.entry;
+                copy(&raw mut (*place).key, &decision.key);
+                copy(&raw mut (*place).entry, &decision.entry);
                 (*place).kind = kind as u8;
                 (*place).at_once = decision.at_once as u8;
                 (*place).reserved = [0; 6];
@@ -352,6 +354,22 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View) {
         } else {
             counters.events_lost = counters.events_lost.wrapping_add(1);
         }
+    }
+}
+
+/// Copies in words: the compiler would call a function that copies bytes.
+///
+/// # Safety
+/// `to` may be written.
+#[inline(always)]
+unsafe fn copy<T>(to: *mut T, from: &T) {
+    const { assert!(size_of::<T>() == 40 && align_of::<T>() == 8) };
+    let (to, from) = (to.cast::<u64>(), core::ptr::from_ref(from).cast::<u64>());
+    let mut word = 0;
+    while word < 5 {
+        // SAFETY: within both.
+        unsafe { to.add(word).write_volatile(from.add(word).read()) };
+        word += 1;
     }
 }
 

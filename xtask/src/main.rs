@@ -76,6 +76,8 @@ enum Bench {
     Xdp,
     /// One change among 1,000 members or backends, beside the full rebuild.
     Ranking,
+    /// A million flows to a joiner between real daemons, beside a plain QUIC stream, and packets forwarded meanwhile. Needs root.
+    Transfer,
 }
 
 fn main() -> ExitCode {
@@ -157,6 +159,18 @@ fn bench(root: &Path, which: Bench, arguments: &[String]) -> Result<()> {
         Bench::Xdp => {
             let run = ["run", "--release", "-p", "phalanx-forwarder-xdp", "--example", "bench", "--"];
             execute(cargo(root, &run).args(arguments))
+        }
+        Bench::Transfer => {
+            execute(&mut cargo(
+                root,
+                &["build", "--release", "-p", "phalanx", "--bin", "phalanx", "--example", "transfer"],
+            ))?;
+            let target =
+                std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+            let release = target.join("release");
+            execute(
+                Command::new(release.join("examples/transfer")).arg(release.join("phalanx")).args(arguments),
+            )
         }
         Bench::Rawsock => {
             let example = "crates/forwarder-rawsock/examples/bench.rs";

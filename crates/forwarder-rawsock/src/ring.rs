@@ -56,7 +56,11 @@ impl Ring {
         let socket = packet_socket()?;
         let blocks = bytes.div_ceil(BLOCK_BYTES).max(4);
         set_option(&socket, libc::PACKET_VERSION, &(libc::tpacket_versions::TPACKET_V3 as c_int))?;
-        set_option(&socket, libc::PACKET_VNET_HDR, &1_i32)?;
+        set_option(&socket, libc::PACKET_VNET_HDR, &1_i32).map_err(|error| {
+            io::Error::other(format!(
+                "the kernel does not say how frames were merged and which checksums are unfinished (PACKET_VNET_HDR): {error}"
+            ))
+        })?;
         set_option(&socket, libc::PACKET_RESERVE, &(RESERVE as u32))?;
         set_option(&socket, libc::PACKET_IGNORE_OUTGOING, &1_i32)?;
         attach_filter(&socket, filter)?;

@@ -101,6 +101,59 @@ fn more_services_than_a_filter_takes_are_counted() {
     assert!(sentence.contains("filter instructions are needed and the kernel takes 4096"), "{sentence}");
 }
 
+/// Merged frames cannot be taken apart where the kernel does not say how they were put together.
+#[test]
+fn a_kernel_that_does_not_tell_of_merged_frames_is_refused() {
+    let wire = Wire::new();
+    let start = |old: bool| {
+        if old {
+            refuse_offload_headers();
+        }
+        RawsockForwarder::start(&config(), World::default().plan()).err().map(|error| error.to_string())
+    };
+    let sentence = wire.host().enter(|| start(true)).expect("enter").expect("the start is refused");
+    for word in
+        ["open a packet socket on eth0", "how frames were merged", "PACKET_VNET_HDR", "Invalid argument"]
+    {
+        assert!(sentence.contains(word), "{sentence:?} does not say {word:?}");
+    }
+    assert_eq!(wire.host().enter(|| start(false)).expect("enter"), None, "the twin");
+}
+
+/// Has the kernel refuse `PACKET_VNET_HDR` to the calling thread, as kernels did that knew it not (seccomp(2)).
+fn refuse_offload_headers() {
+    const fn step(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+        libc::sock_filter { code: code as u16, jt, jf, k }
+    }
+    const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    const EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+    /// Offsets in `struct seccomp_data`: the call, and the lower halves of level and option.
+    const CALL: u32 = 0;
+    const LEVEL: u32 = 24;
+    const OPTION: u32 = 32;
+    let mut program = [
+        step(LOAD, 0, 0, CALL),
+        step(EQUAL, 0, 5, libc::SYS_setsockopt as u32),
+        step(LOAD, 0, 0, LEVEL),
+        step(EQUAL, 0, 3, libc::SOL_PACKET as u32),
+        step(LOAD, 0, 0, OPTION),
+        step(EQUAL, 0, 1, libc::PACKET_VNET_HDR as u32),
+        step(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EINVAL as u32),
+        step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: the program lives until the calls return; both bind the calling thread and those it starts.
+    let result = unsafe {
+        let none: libc::c_ulong = 0;
+        let one: libc::c_ulong = 1;
+        let filter = libc::c_ulong::from(libc::SECCOMP_MODE_FILTER);
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, one, none, none, none)
+            | libc::prctl(libc::PR_SET_SECCOMP, filter, &raw const program)
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
 #[test]
 fn without_its_capabilities_the_permission_is_named() {
     let wire = Wire::new();

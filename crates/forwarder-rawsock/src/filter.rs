@@ -27,6 +27,11 @@ const JGT: u16 = 0x25;
 const JSET: u16 = 0x45;
 const RET: u16 = 0x06;
 
+/// `SKF_AD_OFF + SKF_AD_PKTTYPE`, include/uapi/linux/filter.h: whose frame it is, by its destination MAC address.
+const PACKET_TYPE: u32 = (-0x1000_i32 + 4) as u32;
+/// The interface's own (`PACKET_HOST`, include/uapi/linux/if_packet.h).
+const TO_US: u32 = 0;
+
 /// Where the IP header starts in an untagged frame; the kernel takes the outermost VLAN tag off before either program runs.
 const ETHERNET: u32 = 14;
 /// The same behind one tag more.
@@ -78,7 +83,14 @@ impl Selection {
     }
 
     fn program(&self, ours: u32, others: u32) -> Vec<BpfInstruction> {
-        let mut program = vec![ins(LD_H_ABS, 0, 0, 12)];
+        // A switch floods frames to a station it has lost, and virtual and promiscuous interfaces deliver them. Every member would
+        // forward every other member's again.
+        let mut program = vec![
+            ins(LD_W_ABS, 0, 0, PACKET_TYPE),
+            ins(JEQ, 1, 0, TO_US),
+            ins(RET, 0, 0, others),
+            ins(LD_H_ABS, 0, 0, 12),
+        ];
         self.family(&mut program, ETHERNET, ours, others);
         // Behind one more tag there are services, but no hand-offs: members address each other untagged or by a VLAN interface.
         program.extend([

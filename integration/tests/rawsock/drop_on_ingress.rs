@@ -75,6 +75,23 @@ fn a_host_that_forwards_sends_no_packet_twice() {
     assert_eq!(copies(&wire, 2000, FRAMES, &count), (FRAMES, FRAMES as u64));
 }
 
+/// A switch floods frames to a station it has lost: if the members forwarded each other's again, every packet to such a backend would
+/// become a storm.
+#[test]
+fn frames_that_a_switch_floods_are_not_forwarded_again() {
+    let wire = Wire::new();
+    let forwarder = start(&wire);
+    let count = || seen(&forwarder.counters());
+    for other in [[2, 0, 0, 0, 0, 9], [0xff; 6]] {
+        let mut flooded = syns(1000);
+        flooded.iter_mut().for_each(|frame| frame[..6].copy_from_slice(&other));
+        assert_eq!(wire.exchange(&flooded, 0, &count), []);
+    }
+    assert_eq!(wire.by_kernel(), 0);
+    // The twin: the same frames, to our address.
+    assert_eq!(copies(&wire, 1000, FRAMES, &count), (FRAMES, 0));
+}
+
 #[test]
 fn a_forwarder_that_stops_in_good_order_takes_its_drop_along_and_leaves_others_filters_alone() {
     let wire = Wire::new();

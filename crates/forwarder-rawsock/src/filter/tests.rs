@@ -1,7 +1,12 @@
 use super::*;
 
-/// Runs a program as the kernel does (net/core/filter.c); a load beyond the frame returns 0.
+/// Runs a program on a frame to the interface's own address.
 fn run(program: &[BpfInstruction], frame: &[u8]) -> u32 {
+    run_on(program, frame, TO_US)
+}
+
+/// Runs a program as the kernel does (net/core/filter.c); a load beyond the frame returns 0.
+fn run_on(program: &[BpfInstruction], frame: &[u8], packet_type: u32) -> u32 {
     let (mut a, mut x, mut at) = (0_u32, 0_u32, 0_usize);
     let load = |offset: usize, length: usize| {
         let bytes = frame.get(offset..offset + length)?;
@@ -12,6 +17,7 @@ fn run(program: &[BpfInstruction], frame: &[u8]) -> u32 {
         at += 1;
         let mut jump = |taken: bool| at += usize::from(if taken { jt } else { jf });
         let loaded = match code {
+            LD_W_ABS if k == PACKET_TYPE => Some(Some(packet_type)),
             LD_W_ABS => Some(load(k as usize, 4)),
             LD_H_ABS => Some(load(k as usize, 2)),
             LD_B_ABS => Some(load(k as usize, 1)),
@@ -103,6 +109,20 @@ fn packets_to_services_are_taken_and_others_are_left() {
     let mut arp = v4("192.0.2.1", 6, 80);
     arp[13] = 0x06;
     check(&selection, &arp, false);
+}
+
+#[test]
+fn frames_to_other_stations_are_left() {
+    /// `PACKET_BROADCAST`, `PACKET_MULTICAST` and `PACKET_OTHERHOST`, include/uapi/linux/if_packet.h.
+    const NOT_TO_US: [u32; 3] = [1, 2, 3];
+    let selection = selection();
+    for frame in [v4("192.0.2.1", 6, 80), v6("2001:db8::1", 6, 80), v4("10.0.0.1", 17, 6081)] {
+        check(&selection, &frame, true);
+        for packet_type in NOT_TO_US {
+            assert_eq!(run_on(&selection.socket_program(), &frame, packet_type), LEAVE);
+            assert_eq!(run_on(&selection.drop_program(), &frame, packet_type), TC_NEXT);
+        }
+    }
 }
 
 #[test]

@@ -9,13 +9,18 @@ use std::time::{Duration, Instant};
 
 use phalanx::lab::netns::Netns;
 use phalanx_flow::FlowKey;
-use phalanx_forwarder::conformance::frames::frame;
+use phalanx_flow::decide::Outcome;
+use phalanx_forwarder::conformance::frames::{OUR_MAC, frame};
 use phalanx_forwarder::conformance::world::{OUR_ADDRESS, World, ip};
 use phalanx_forwarder::engine::TableLimits;
 use phalanx_forwarder::{Drop as Reason, Forwarder, RowSet};
 use phalanx_forwarder_xdp::{Config, XdpForwarder};
-use phalanx_netlink::Veth;
+use phalanx_netlink::{Mac, Veth};
 use socket2::{Domain, Socket, Type};
+
+/// What an XDP program returns (`include/uapi/linux/bpf.h`).
+const XDP_PASS: u32 = 2;
+const XDP_TX: u32 = 3;
 
 /// The forwarder on eth0, and the other end of the wire.
 struct Site {
@@ -28,7 +33,14 @@ struct Site {
 fn start(limits: TableLimits) -> Site {
     let netns = Netns::new("host").expect("a namespace");
     let mut netlink = netns.netlink().expect("netlink");
-    let veth = Veth { name: "eth0", peer: "peer0", peer_netns: None, mtu: None, mac: None, peer_mac: None };
+    let veth = Veth {
+        name: "eth0",
+        peer: "peer0",
+        peer_netns: None,
+        mtu: None,
+        mac: Some(Mac(OUR_MAC)),
+        peer_mac: None,
+    };
     netlink.create_veth(&veth).expect("a veth");
     let [interface, peer] = ["eth0", "peer0"].map(|name| {
         let index = netlink.link(name).expect("link").index;
@@ -106,6 +118,15 @@ impl Site {
         false
     }
 
+    /// What the program returns for the first packet of a connection that was sent to this MAC address.
+    fn returned(&self, to: [u8; 6]) -> u32 {
+        let mut frame = syn(0);
+        frame[..6].copy_from_slice(&to);
+        let (returned, after) = self.forwarder.test_run(self.interface, &frame).expect("run");
+        assert!(returned == XDP_TX || after == frame, "what is passed is as it came");
+        returned
+    }
+
     fn dropped(&self, reason: Reason) -> u64 {
         self.forwarder.counters().dropped(reason)
     }
@@ -151,6 +172,28 @@ fn half_open_flows_that_are_pushed_out_are_counted_and_others_are_not() {
     let before = counters.half_open_evicted;
     site.open(FLOOD - 1..FLOOD);
     assert_eq!(site.forwarder.counters().half_open_evicted, before);
+}
+
+/// A switch floods what is for a host that it does not know; if members forwarded it, each would forward what the others had forwarded.
+#[test]
+fn a_frame_for_another_hosts_mac_is_left_alone_and_counted_and_the_same_for_ours_is_forwarded() {
+    const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 9];
+    let site = start(TableLimits { flows: 1024, half_open: 1024, ..TableLimits::default() });
+    let hops = World::default().next_hops(site.interface);
+    site.forwarder.set_next_hops(hops.clone());
+    assert_eq!(site.returned(OTHER), XDP_PASS);
+    assert_eq!(site.returned([0xff; 6]), XDP_PASS);
+    let counters = site.forwarder.counters();
+    assert_eq!((counters.other_host, counters.half_open), (1, 0), "{counters:?}");
+    assert_eq!(counters.outcome(Outcome::Passed), 1, "of the group's");
+    assert_eq!(site.returned(OUR_MAC), XDP_TX);
+    let counters = site.forwarder.counters();
+    assert_eq!((counters.other_host, counters.half_open), (1, 1), "{counters:?}");
+    // The interface is given that address: what was another's is ours, and the other way round.
+    let mut netlink = site.netns.netlink().expect("netlink");
+    netlink.set_mac(site.interface, Mac(OTHER)).expect("a MAC address");
+    site.forwarder.set_next_hops(hops);
+    assert_eq!((site.returned(OTHER), site.returned(OUR_MAC)), (XDP_TX, XDP_PASS));
 }
 
 /// The ring has room for some 43,000 events of the 60,000 here.

@@ -59,6 +59,7 @@ metrics! {
     HALF_OPEN_EVICTED = Counter "phalanx_half_open_evicted" [] "Half-open flows pushed out by newer ones";
     EVENTS_LOST = Counter "phalanx_events_lost" [] "Events of the forwarder that found their queue full";
     FOUND_BY_SCAN = Counter "phalanx_found_by_scan" [] "Flows found by a scan of the table after events were lost or a restart";
+    OTHER_HOST = Counter "phalanx_other_host" [] "XDP: frames for another host's MAC address, left alone";
     FIB_LOOKUPS = Counter "phalanx_fib_lookups" [] "Packets whose next hop was unknown, so that the kernel's routes were asked";
     PUNTED = Counter "phalanx_punted" [] "Packets that the program in the kernel left to the daemon";
     FRAGMENTED = Counter "phalanx_fragmented" ["path"] "Packets fragmented outside, by path (handoff or backend)";

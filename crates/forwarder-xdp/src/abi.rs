@@ -7,7 +7,7 @@ use phalanx_flow::decide::OUTCOMES;
 use phalanx_flow::{FlowEntry, FlowKey};
 
 /// Version of these layouts.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Plans that exist at once: the one in force and the one being written.
 pub const PLANS: u32 = 2;
@@ -28,16 +28,21 @@ pub const CRC8_ROWS: u32 = u32::MAX;
 /// In a slot's value: the slot is unsettled. The other bits are the backend's index, all of them set for none.
 pub const UNSETTLED: u32 = 1 << 31;
 
-/// A plan's single values.
+/// MAC addresses of ours at most: one for each interface that is received on.
+pub const MAX_MACS: usize = 8;
+/// No address, where there are fewer.
+pub const NO_MAC: u64 = u64::MAX;
+/// The bits of a frame's first eight bytes, read as a little-endian number, that are its destination address.
+pub const MAC_BITS: u64 = 0xffff_ffff_ffff;
+/// The bit of such a number that says that the address is a group's: broadcast or multicast.
+pub const MAC_GROUP: u64 = 1;
+
+/// A plan's single values. What every packet reads comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Header {
     /// Seed of the flow hash.
     pub seed: [u64; 2],
-    /// Digest of the view, for hand-offs.
-    pub view_digest: u64,
-    /// Cookies that hand-offs are accepted with; the first is the one we send.
-    pub cookies: [u64; 2],
     /// Our end of the hand-off tunnels, IPv4 as mapped.
     pub local_address: [u8; 16],
     /// Block of the current rows.
@@ -54,9 +59,15 @@ pub struct Header {
     pub local_family: u8,
     /// Zero.
     pub reserved: [u8; 7],
+    /// Our interfaces' addresses, little-endian, [`NO_MAC`] behind the last: frames for others are not ours to forward.
+    pub macs: [u64; MAX_MACS],
+    /// Digest of the view, for hand-offs.
+    pub view_digest: u64,
+    /// Cookies that hand-offs are accepted with; the first is the one we send.
+    pub cookies: [u64; 2],
 }
 
-const _: () = assert!(size_of::<Header>() == 80);
+const _: () = assert!(size_of::<Header>() == 144);
 
 /// How to get somewhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -240,6 +251,8 @@ pub struct CpuCounters {
     pub half_open_in: u64,
     /// See `half_open_in`.
     pub half_open_out: u64,
+    /// Frames for another host's MAC address.
+    pub other_host: u64,
 }
 
 /// Reasons for a drop as the program knows them: the numbers of the loader's `Drop`, asserted there.

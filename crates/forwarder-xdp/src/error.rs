@@ -15,6 +15,9 @@ pub enum StartError {
     /// No interface was named.
     #[error("interfaces: name at least one")]
     NoInterfaces,
+    /// More interfaces than the program compares addresses of.
+    #[error("interfaces: {0} are too many, XDP takes {max} at most", max = crate::abi::MAX_MACS)]
+    TooManyInterfaces(usize),
     /// There is no interface of that name.
     #[error("interfaces: there is no interface {0}")]
     NoInterface(String),

@@ -13,6 +13,7 @@
 
 pub mod abi;
 mod error;
+mod macs;
 mod map;
 mod maps;
 mod note;
@@ -45,6 +46,7 @@ use phalanx_forwarder::{
 
 use abi::{Change, EVENT_ECHO, MAX_CHANGES, RawEvent, change, drops};
 pub use error::StartError;
+use macs::OwnMacs;
 use maps::{Maps, now_ms};
 pub use pass::attach_pass;
 pub use pins::{detach, usual_directory};
@@ -94,6 +96,7 @@ pub struct XdpForwarder {
     maps: Arc<Maps>,
     names: Arc<RwLock<Names>>,
     writer: Mutex<Writer>,
+    macs: Arc<Mutex<OwnMacs>>,
     events: Mutex<Events>,
     echoes: Mutex<Vec<u64>>,
     scan: Mutex<Scan>,
@@ -199,6 +202,9 @@ impl XdpForwarder {
         if config.interfaces.is_empty() {
             return Err(StartError::NoInterfaces);
         }
+        if config.interfaces.len() > abi::MAX_MACS {
+            return Err(StartError::TooManyInterfaces(config.interfaces.len()));
+        }
         let slot_blocks = plan.services.len() as u32 * 2 + SPARE_SLOT_BLOCKS;
         let engine = Arc::new(Engine::new(plan, config.limits)?);
         let claimed = config.pins.as_deref().map(pins::claim).transpose()?;
@@ -229,6 +235,7 @@ impl XdpForwarder {
             ),
             None => None,
         };
+        let macs = OwnMacs::read(&config.interfaces)?;
         let mut adopted = None;
         let (mut writer, mut names) = (Writer::new(&maps), Names::default());
         if loaded.adopted {
@@ -249,7 +256,7 @@ impl XdpForwarder {
             }
         }
         if adopted.is_none() {
-            writer.write(&maps, &mut names, &engine.plan(), &engine.next_hops(), false)?;
+            writer.write(&maps, &mut names, &engine.plan(), &engine.next_hops(), macs.current(), false)?;
         }
         let events = maps::ring(&mut loaded.ebpf, "EVENTS")
             .map_err(|error| StartError::system("open events", error))?;
@@ -257,6 +264,7 @@ impl XdpForwarder {
             maps::ring(&mut loaded.ebpf, "PUNTS").map_err(|error| StartError::system("open punts", error))?;
         let attached = pins::attach(config, loaded)?;
         let maps = Arc::new(maps);
+        let macs = Arc::new(Mutex::new(macs));
         let names = Arc::new(RwLock::new(names));
         let stop = Arc::new(AtomicBool::new(false));
         let entry = attached
@@ -269,6 +277,7 @@ impl XdpForwarder {
             maps: Arc::clone(&maps),
             engine: Arc::clone(&engine),
             names: Arc::clone(&names),
+            macs: Arc::clone(&macs),
             stop: Arc::clone(&stop),
         };
         let punts = std::thread::Builder::new()
@@ -280,6 +289,7 @@ impl XdpForwarder {
             maps,
             names,
             writer: Mutex::new(writer),
+            macs,
             events: Mutex::new(Events { ring: events, waiting: VecDeque::new() }),
             echoes: Mutex::default(),
             scan: Mutex::default(),
@@ -347,7 +357,8 @@ impl XdpForwarder {
         let mut writer = lock(&self.writer);
         let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
         let keep = now_ms() < self.adopted_hops.until_ms;
-        writer.write(&self.maps, &mut names, &self.engine.plan(), &self.engine.next_hops(), keep)
+        let macs = lock(&self.macs).current();
+        writer.write(&self.maps, &mut names, &self.engine.plan(), &self.engine.next_hops(), macs, keep)
     }
 
     /// Has the kernel make changes of flows; which of them were made.
@@ -493,7 +504,9 @@ impl Forwarder for XdpForwarder {
     fn set_next_hops(&self, next_hops: NextHops) {
         let hops = &self.adopted_hops;
         let over = now_ms() >= hops.until_ms && !hops.given_up.swap(true, Ordering::Relaxed);
-        if !over && *self.engine.next_hops() == next_hops {
+        // The daemon says this again whenever a link has changed.
+        let moved = lock(&self.macs).refresh();
+        if !over && !moved && *self.engine.next_hops() == next_hops {
             return;
         }
         self.engine.set_next_hops(next_hops);
@@ -669,6 +682,7 @@ impl Forwarder for XdpForwarder {
             counters.table_full += cpu.table_full;
             counters.events_lost += cpu.events_lost;
             counters.fib_lookups += cpu.fib_lookups;
+            counters.other_host += cpu.other_host;
             counters.punted += cpu.punted;
             half_open += cpu.half_open_in.cast_signed() - cpu.half_open_out.cast_signed();
             counters.drops[Reason::RingFull as usize] += cpu.punts_lost;

@@ -6,7 +6,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use aya::maps::{MapData, RingBuf};
 use phalanx_flow::decide::HandOff;
@@ -19,6 +19,8 @@ use phalanx_forwarder::rewrite::{self, Offload, Scratch, Sink};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::abi::{Punt, punt};
+use crate::lock;
+use crate::macs::OwnMacs;
 use crate::maps::{Maps, now_ms};
 use crate::run::run;
 use crate::writer::Names;
@@ -39,6 +41,7 @@ pub(crate) struct Worker {
     pub(crate) maps: Arc<Maps>,
     pub(crate) engine: Arc<Engine>,
     pub(crate) names: Arc<RwLock<Names>>,
+    pub(crate) macs: Arc<Mutex<OwnMacs>>,
     pub(crate) stop: Arc<AtomicBool>,
 }
 
@@ -126,7 +129,7 @@ impl Worker {
                 header = header.bypassing(bypassed);
             }
             let outer = Outer::new(Method::Gue, family, address, address, handoff.port, 0);
-            let link = LinkHeader { source: [2; 6], destination: [2; 6] };
+            let link = LinkHeader { source: [2; 6], destination: lock(&self.macs).any() };
             encap::hand_off(&mut frame, &packet, &header, &outer, u16::MAX, &link)
                 .map_err(|error| io::Error::other(format!("{error:?}")))?;
         }

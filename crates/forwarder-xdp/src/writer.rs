@@ -16,8 +16,8 @@ use phalanx_forwarder::engine::CompiledPlan;
 use phalanx_forwarder::{InstallError, NextHop, NextHops, Plan, SlotSet};
 
 use crate::abi::{
-    Backend, CRC8_ROWS, FailedKey, Header, Hop, MAX_BACKENDS, MAX_MEMBERS, Member, MemberKey, NO_BLOCK,
-    ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, UNSETTLED,
+    Backend, CRC8_ROWS, FailedKey, Header, Hop, MAX_BACKENDS, MAX_MACS, MAX_MEMBERS, Member, MemberKey,
+    NO_BLOCK, ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, UNSETTLED,
 };
 use crate::maps::Maps;
 
@@ -137,6 +137,7 @@ impl Writer {
         names: &mut Names,
         compiled: &CompiledPlan,
         next_hops: &NextHops,
+        macs: [u64; MAX_MACS],
         keep_hops: bool,
     ) -> Result<(), InstallError> {
         let plan = &compiled.plan;
@@ -168,6 +169,7 @@ impl Writer {
             handoff_port_be: plan.handoff.port.to_be_bytes(),
             local_family,
             reserved: [0; 7],
+            macs,
         };
         maps.headers.put(&next, &header).map_err(refused("HEADERS"))?;
         maps.active.put(&0, &next).map_err(refused("ACTIVE"))?;

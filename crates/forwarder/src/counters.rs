@@ -132,6 +132,9 @@ pub struct Counters {
     pub fib_lookups: u64,
     /// Packets that a program in the kernel left to the daemon: too big, out of time, held fragments, without a next hop.
     pub punted: u64,
+    /// Frames for another host's MAC address, as a switch floods them, left alone by a program in the kernel. In no outcome: the
+    /// packet is not ours.
+    pub other_host: u64,
     /// Flows in the flow table, half-open ones not counted. A gauge.
     pub flows: u64,
     /// Half-open flows. A gauge.

@@ -16,8 +16,8 @@ use phalanx_flow::packet::{Fragment, Frame, Link, Packet, PacketKind, Reader, pa
 use phalanx_flow::{Arrival, FlowEntry, FlowKey, FlowState, MemberId, MemberSlot, Method, Verdict};
 
 use crate::abi::{
-    Backend, CpuCounters, DROP_REASONS, EVENT_ECHO, FRAGMENT_LIFE_MS, FibLookup, Header, Hop, MAX_BACKENDS,
-    MAX_MEMBERS, Member, OUTCOME_COUNTERS, PUNT_BYTES, Ports, Punt, RawEvent, drops, punt, stage,
+    Backend, CpuCounters, DROP_REASONS, EVENT_ECHO, FRAGMENT_LIFE_MS, FibLookup, Header, Hop, MAC_BITS, MAC_GROUP,
+    MAX_BACKENDS, MAX_MACS, MAX_MEMBERS, Member, OUTCOME_COUNTERS, PUNT_BYTES, Ports, Punt, RawEvent, drops, punt, stage,
 };
 use crate::frame::XdpFrame;
 use crate::maps::{
@@ -96,6 +96,9 @@ pub fn phalanx(ctx: XdpContext) -> u32 {
     let plan = *plan & 1;
     let Some(header) = header(plan) else { return XDP_PASS };
     let frame = XdpFrame { ctx: &ctx };
+    if !is_for_us(&frame, header, counters) {
+        return XDP_PASS;
+    }
     work.plan = plan;
     work.bare = 0;
     work.echo = 0;
@@ -122,6 +125,27 @@ pub fn phalanx(ctx: XdpContext) -> u32 {
             }
         }
     }
+}
+
+/// Whether the frame was sent to one of our interfaces. A switch that has forgotten a host floods its frames to all, and a port may be
+/// promiscuous: if all members forwarded those, each would forward the others' again.
+#[inline(always)]
+fn is_for_us(frame: &XdpFrame<'_>, header: &Header, counters: &mut CpuCounters) -> bool {
+    let Some(start) = frame.read::<8>(0) else { return false };
+    let address = u64::from_le_bytes(start) & MAC_BITS;
+    let mut place = 0;
+    while place < MAX_MACS {
+        if header.macs.get(place) == Some(&address) {
+            return true;
+        }
+        place += 1;
+    }
+    if address & MAC_GROUP == 0 {
+        counters.other_host = counters.other_host.wrapping_add(1);
+    } else {
+        count(counters, Outcome::Passed);
+    }
+    false
 }
 
 /// Whether two addresses are the same, without a call.

@@ -588,6 +588,7 @@ fn forwarder_samples(counters: &Counters) -> Vec<Sample> {
         (&metrics::HALF_OPEN_EVICTED, &[], counters.half_open_evicted),
         (&metrics::EVENTS_LOST, &[], counters.events_lost),
         (&metrics::FIB_LOOKUPS, &[], counters.fib_lookups),
+        (&metrics::OTHER_HOST, &[], counters.other_host),
         (&metrics::PUNTED, &[], counters.punted),
     ] {
         samples.push(Sample::new(metric, labels, value));

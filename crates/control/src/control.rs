@@ -16,6 +16,7 @@ use phalanx_rebalancer::{
 };
 
 use crate::change::{Consequence, Happening, Phase};
+use crate::lost::Traffic;
 use crate::planner::{Destinations, Planner, Service, TableChange};
 
 mod repair;
@@ -26,8 +27,8 @@ pub use repair::{REPAIR_EVERY, RepairCounters};
 /// Events taken at once, so that a burst does not keep views and frames waiting.
 const EVENTS_AT_ONCE: usize = 16_384;
 
-/// How often it is asked whether the forwarder had to leave out events.
-const LOST_EVENTS_EVERY: Duration = Duration::from_millis(250);
+/// How often the forwarder's counters are looked at: whether it had to leave out events, and whether packets come.
+const COUNTERS_EVERY: Duration = Duration::from_millis(250);
 
 /// Other members' transfers have had this long when a member drops what it holds no more.
 const SWEEP_AFTER: Duration = Duration::from_secs(1);
@@ -77,6 +78,9 @@ pub enum Event {
     Refilled(MemberId, usize),
     /// The forwarder had to leave out events, or an earlier process has not worked them off; so many flows were found by a scan.
     Missed(usize),
+    /// Half of the members or more were lost, and perhaps it is we who are cut off: whether they are asked for flows that nobody here
+    /// knows.
+    Doubting(bool),
     /// The handover window is closed, and so many entries of former rows are gone.
     WindowClosed(usize),
     /// What we held is handed over: the membership may say farewell.
@@ -113,7 +117,8 @@ pub struct Control {
     /// Until the first view: we go on with tables of an earlier process, which belong to this boot.
     resumed: Option<u64>,
     events_lost: u64,
-    lost_asked_at: Option<Instant>,
+    traffic: Traffic,
+    counters_at: Option<Instant>,
     view_changes: u64,
     events: VecDeque<Event>,
 }
@@ -145,7 +150,8 @@ impl Control {
             left: false,
             resumed: None,
             events_lost: 0,
-            lost_asked_at: None,
+            traffic: Traffic::default(),
+            counters_at: None,
             view_changes: 0,
             events: VecDeque::new(),
         }
@@ -217,6 +223,9 @@ impl Control {
             Ok(tables) => tables,
             Err(error) => return self.events.push_back(Event::Unranked(error)),
         };
+        if change.as_ref().is_some_and(|change| change.departed) {
+            self.traffic.begin();
+        }
         if digest_changed || change.is_some() {
             self.view_changes += 1;
             self.events.push_back(Event::ViewChanged);
@@ -271,7 +280,7 @@ impl Control {
         }
         self.pump(now);
         self.report_if_due(now);
-        self.find_missed_if_due(now);
+        self.look_at_counters_if_due(now);
         if self.planner.settle(now) {
             self.install();
         }
@@ -578,19 +587,23 @@ impl Control {
         }
     }
 
-    /// Looks for what events would have said, if their queue overflowed.
-    fn find_missed_if_due(&mut self, now: Instant) {
-        if self.lost_asked_at.is_some_and(|at| now.duration_since(at) < LOST_EVENTS_EVERY) {
+    /// Looks for what events would have said, if their queue overflowed; and whether packets come, if many members were lost.
+    fn look_at_counters_if_due(&mut self, now: Instant) {
+        if self.counters_at.is_some_and(|at| now.duration_since(at) < COUNTERS_EVERY) {
             return;
         }
-        self.lost_asked_at = Some(now);
-        let lost = self.forwarder.counters().events_lost;
-        if lost <= self.events_lost {
-            return;
+        self.counters_at = Some(now);
+        let counters = self.forwarder.counters();
+        let doubted = self.traffic.look(now, &counters);
+        if self.planner.doubt_lost(doubted) {
+            self.events.push_back(Event::Doubting(doubted));
+            self.install();
         }
-        self.events_lost = lost;
-        self.find_missed(now);
-        self.pump(now);
+        if counters.events_lost > self.events_lost {
+            self.events_lost = counters.events_lost;
+            self.find_missed(now);
+            self.pump(now);
+        }
     }
 
     /// Events are missing: whatever is not stamped or not protected is looked at as if it had just changed.

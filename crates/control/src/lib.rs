@@ -16,6 +16,7 @@
 
 pub mod change;
 pub mod control;
+mod lost;
 pub mod planner;
 pub mod shared;
 

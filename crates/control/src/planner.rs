@@ -17,6 +17,7 @@ use phalanx_rebalancer::{Ranking, Survivors};
 use serde::{Deserialize, Serialize};
 use siphasher::sip::SipHasher24;
 
+use crate::lost::Lost;
 use crate::shared::{SharedTables, changed_slots};
 
 /// SYNs in slots that changed are replicated at once for this long (design §4): as long as a client goes on repeating its SYN
@@ -194,6 +195,7 @@ pub struct Planner {
     /// Oldest first, while the handover window is open.
     past: Vec<Past>,
     pending: Option<Pending>,
+    lost: Lost,
     boots: BTreeMap<MemberId, u64>,
     view_digest: u64,
 }
@@ -215,6 +217,7 @@ impl Planner {
             rows,
             past: Vec::new(),
             pending: None,
+            lost: Lost::default(),
             boots: BTreeMap::new(),
             view_digest: 0,
         })
@@ -257,6 +260,7 @@ impl Planner {
             self.members[at].liveness = member.liveness;
         }
         self.view_digest = view.digest.0;
+        self.lost.remove(|id| view.get(id).is_some());
 
         let ranked: Vec<RankedMember> =
             view.ranked().map(|member| ranked_member(member, member.metadata.weight)).collect();
@@ -274,6 +278,9 @@ impl Planner {
             .map(|member| member.id);
         let first = self.boots.is_empty();
         let survivors = Survivors { live, blank: blank.collect() };
+        let gone = old_members.iter().map(|member| member.id).filter(|id| view.get(*id).is_none());
+        let rows = self.asked_past().map_or(&self.rows, |past| &past.rows);
+        self.lost.add(gone, (Arc::clone(rows), old_members.len()));
         let departed = old_members.iter().any(|old| !ranked.iter().any(|member| member.id == old.id));
 
         let old = if first {
@@ -411,6 +418,7 @@ impl Planner {
         self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
         self.past.clear();
         self.pending = None;
+        self.lost = Lost::default();
         Ok(())
     }
 
@@ -432,6 +440,18 @@ impl Planner {
     /// Ends the handover window.
     pub fn close_window(&mut self) {
         self.past.clear();
+        self.lost.close_window(self.boots.len());
+    }
+
+    /// Whether half of the members or more are lost, and not met again.
+    pub fn lost_half(&self) -> bool {
+        self.lost.is_half(self.boots.len())
+    }
+
+    /// Whether those that are lost may live after all: then they are asked for flows that nobody here knows. Says whether the plan has
+    /// changed.
+    pub fn doubt_lost(&mut self, doubted: bool) -> bool {
+        self.lost.doubt(doubted) && self.lost_half()
     }
 
     /// The tables before, oldest first, while the handover window is open.
@@ -591,13 +611,21 @@ impl Planner {
 
     /// The plan to install now.
     pub fn plan(&self) -> Plan {
+        let mut members = self.members.clone();
+        let mut previous = self.asked_past().map(|past| &past.rows);
+        if let Some((doubted, rows)) = self.lost.doubted(self.boots.len()) {
+            for member in members.iter_mut().filter(|member| doubted.contains(&member.id)) {
+                member.liveness = Liveness::Suspect;
+            }
+            previous = Some(rows);
+        }
         Plan {
             local: self.slot_of(self.fixed.local),
             seed: self.fixed.seed,
             row_function: self.current.table.row_function(),
-            members: self.members.clone(),
+            members,
             rows: Arc::clone(&self.rows),
-            previous: self.asked_past().map(|past| Arc::clone(&past.rows)),
+            previous: previous.map(Arc::clone),
             view_digest: self.view_digest,
             handoff: self.fixed.handoff,
             services: self.services.iter().map(|plan| self.plan_service(plan)).collect(),

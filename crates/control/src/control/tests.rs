@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
 
+use phalanx_flow::decide::Outcome;
+use phalanx_flow::packet::Link;
 use phalanx_flow::score::Scoring;
 use phalanx_flow::table::BackupSite;
 use phalanx_flow::{BackendId, FlowFlags, FlowSeed, Method};
 use phalanx_forwarder::Handoff;
+use phalanx_forwarder::conformance::frames::frame;
 use phalanx_forwarder::engine::TableLimits;
 use phalanx_forwarder::memory::MemoryForwarder;
 use phalanx_membership::{Metadata, Wish};
@@ -322,4 +325,64 @@ fn claim_19_case_656_who_lost_a_row_sends_what_the_new_holder_lacks_before_it_dr
     site.pass(LINGER + 4 * TICK);
     assert!(lost.len() > 10);
     assert_eq!(site.held(), usize::from(FLOWS));
+}
+
+/// What member 1 does with an acknowledgement of a flow that it does not know.
+fn unknown(site: &Site, port: u16) -> &'static str {
+    let member = site.forwarder(1);
+    member.renew_lease(Duration::from_secs(600));
+    let before = member.counters();
+    member.inject(&frame(&format!("ip4 198.51.100.8>192.0.2.1 tcp {port}>80 A")), Link::Ethernet, 1);
+    let after = member.counters();
+    let did = |outcome| after.outcome(outcome) > before.outcome(outcome);
+    match (did(Outcome::Asked), did(Outcome::Recovered)) {
+        (true, false) => "asked",
+        (false, true) => "recovered",
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A member that is cut off and comes back owns everything until it hears from the others: it must ask them, not guess.
+#[test]
+fn who_has_lost_half_of_the_members_asks_them_until_it_is_sure_that_they_are_down() {
+    let mut site = Site::new(&[1, 2, 3]);
+    let services = [vec![RankedBackend { id: backend(), weight: 1 }]];
+    let now = site.now;
+    site.members.get_mut(&1).expect("there").0.set_usable(now, &services);
+    site.see(&[1, 2, 3], &[], 1, None);
+    site.pass(LINGER + 4 * TICK);
+    // One of three is an ordinary failure; of the rows that were its alone nothing is left to ask.
+    site.see(&[1, 2], &[], 2, None);
+    site.pass(LINGER + 4 * TICK);
+    site.see(&[1], &[], 3, None);
+    site.pass(LINGER + 4 * TICK);
+    // Cut off for long, and back: the first packets go to who may hold them.
+    assert!((0..FLOWS).all(|n| unknown(&site, 2000 + n) == "asked"));
+    site.pass(TICK);
+    assert!((0..FLOWS).all(|n| unknown(&site, 2000 + n) == "asked"));
+    // Packets come, and the other member does not: it is down.
+    site.pass(crate::lost::DOUBT + TICK);
+    assert!((0..FLOWS).all(|n| unknown(&site, 2000 + n) == "recovered"));
+    // Silence: perhaps it was cut off again.
+    site.pass(crate::lost::SILENCE + TICK);
+    assert!((0..FLOWS).all(|n| unknown(&site, 3000 + n) == "asked"));
+    // It is met again. Nobody is asked but who is in the table.
+    site.see(&[1, 2], &[], 4, None);
+    site.pass(LINGER + 4 * TICK);
+    assert!(!site.members[&1].0.planner().lost_half());
+}
+
+#[test]
+fn who_has_lost_less_than_half_asks_nobody_who_is_gone() {
+    let mut site = Site::new(&[1, 2, 3, 4]);
+    let now = site.now;
+    let services = [vec![RankedBackend { id: backend(), weight: 1 }]];
+    site.members.get_mut(&1).expect("there").0.set_usable(now, &services);
+    site.see(&[1, 2, 3, 4], &[], 1, None);
+    site.pass(LINGER + 4 * TICK);
+    site.see(&[1, 2, 3], &[], 2, None);
+    site.pass(LINGER + 4 * TICK);
+    let plan = site.members[&1].0.planner().plan();
+    assert!(plan.members.iter().all(|member| member.liveness != Liveness::Suspect));
+    assert!(plan.previous.is_none());
 }

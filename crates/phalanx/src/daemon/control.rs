@@ -510,6 +510,14 @@ impl ControlDriver {
                 self.state.counters.found_by_scan += flows as u64;
                 tracing::warn!(flows, "flows that nobody may have been told of were found by a scan");
             }
+            ControlEvent::Doubting(true) => {
+                tracing::warn!(
+                    "half of the members or more are lost: asking them for unknown flows, in case we were cut off"
+                );
+            }
+            ControlEvent::Doubting(false) => {
+                tracing::info!("packets come and the lost members do not: serving their unknown flows");
+            }
             ControlEvent::WindowClosed(dropped) => tracing::info!(dropped, "handover window closed"),
             ControlEvent::ReadyToLeave => self.membership.command(Command::Leave),
         }

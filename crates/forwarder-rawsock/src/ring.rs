@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use libc::{c_int, c_void, socklen_t};
 use phalanx_flow::packet::{FrameBuf, HEADROOM};
+use phalanx_forwarder::engine::{Ahead, GROUP};
 use phalanx_forwarder::rewrite::{Merged, Offload};
 use phalanx_netlink::BpfInstruction;
 
@@ -31,9 +32,6 @@ const NEEDS_CHECKSUM: u8 = 1;
 /// Bytes of a VLAN tag (IEEE 802.1Q), which stands behind the two MAC addresses.
 const VLAN_TAG: usize = 4;
 const MAC_ADDRESSES: usize = 12;
-
-/// How many frames earlier a frame is looked at: long enough for memory to answer, few enough for the processor to keep in mind.
-const AHEAD: usize = 8;
 
 /// The packet header of V3, before the frame's reserve.
 const FRAME_HEADER: usize = size_of::<libc::tpacket3_hdr>();
@@ -159,20 +157,15 @@ impl Block<'_> {
         unsafe { (*self.header()).num_pkts as usize }
     }
 
-    /// Shows every frame, in the order they came; `None` for one that did not fit. Each is first shown to `foresee`, [`AHEAD`] earlier.
-    pub(crate) fn for_each(
-        &mut self,
-        mut foresee: impl FnMut(&[u8]),
-        mut show: impl FnMut(Option<Received<'_>>),
-    ) {
+    /// Shows every frame, in the order they came; `None` for one that did not fit. `ahead` sees each of them earlier, by one group to two.
+    pub(crate) fn for_each(&mut self, ahead: &mut Ahead<'_>, mut show: impl FnMut(Option<Received<'_>>)) {
         // SAFETY: as in `len`.
         let mut offset = unsafe { (*self.header()).offset_to_first_pkt as usize };
-        let mut ahead = Some(offset);
-        for _ in 0..AHEAD.min(self.len()) {
-            ahead = ahead.and_then(|offset| self.look_at(offset, &mut foresee));
-        }
-        for _ in 0..self.len() {
-            ahead = ahead.and_then(|offset| self.look_at(offset, &mut foresee));
+        let mut unseen = self.look_at_group(Some(offset), ahead);
+        for at in 0..self.len() {
+            if at % GROUP == 0 {
+                unseen = self.look_at_group(unseen, ahead);
+            }
             if offset + FRAME_HEADER > BLOCK_BYTES {
                 return;
             }
@@ -212,9 +205,21 @@ impl Block<'_> {
 }
 
 impl Block<'_> {
+    /// Shows a group of frames that starts at `offset` to `ahead`, and says where the next one starts.
+    #[inline]
+    fn look_at_group(&self, offset: Option<usize>, ahead: &mut Ahead<'_>) -> Option<usize> {
+        let mut next = offset;
+        for _ in 0..GROUP {
+            let Some(offset) = next else { break };
+            next = self.look_at(offset, ahead);
+        }
+        ahead.fetch();
+        next
+    }
+
     /// Shows the frame at `offset`, as it is, and says where the next one is.
     #[inline]
-    fn look_at(&self, offset: usize, show: &mut impl FnMut(&[u8])) -> Option<usize> {
+    fn look_at(&self, offset: usize, ahead: &mut Ahead<'_>) -> Option<usize> {
         if offset + FRAME_HEADER > BLOCK_BYTES {
             return None;
         }
@@ -226,7 +231,7 @@ impl Block<'_> {
             return None;
         }
         // SAFETY: within the block, which is ours; nobody else has a reference to this frame's bytes meanwhile.
-        show(unsafe { std::slice::from_raw_parts(self.start.add(start).as_ptr(), length) });
+        ahead.note(unsafe { std::slice::from_raw_parts(self.start.add(start).as_ptr(), length) });
         (header.tp_next_offset != 0).then(|| offset + header.tp_next_offset as usize)
     }
 }

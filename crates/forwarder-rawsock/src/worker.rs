@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use phalanx_flow::packet::{FrameBuf, HEADROOM, Link};
 use phalanx_forwarder::Drop as Reason;
-use phalanx_forwarder::engine::Engine;
+use phalanx_forwarder::engine::{Ahead, Engine};
 use phalanx_forwarder::rewrite::{self, Offload, Scratch, Sink};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -153,30 +153,27 @@ fn work_off(
 ) {
     let mut batch = engine.batch();
     // Fixed for the life of a cluster.
-    let seed = batch.plan().plan.seed;
+    let mut ahead = Ahead::new(engine, batch.plan().plan.seed);
     let mut worked = 0;
-    block.for_each(
-        |frame| engine.foresee(seed, frame),
-        |received| {
-            if worked == BATCH {
-                batch = engine.batch();
-                worked = 0;
-            }
-            worked += 1;
-            match received {
-                Some(mut received) => rewrite::process(
-                    &batch,
-                    scratch,
-                    &mut received.frame,
-                    Link::Ethernet,
-                    interface,
-                    received.offload,
-                    &mut output,
-                ),
-                None => engine.counters.count_drop(Reason::Malformed),
-            }
-        },
-    );
+    block.for_each(&mut ahead, |received| {
+        if worked == BATCH {
+            batch = engine.batch();
+            worked = 0;
+        }
+        worked += 1;
+        match received {
+            Some(mut received) => rewrite::process(
+                &batch,
+                scratch,
+                &mut received.frame,
+                Link::Ethernet,
+                interface,
+                received.offload,
+                &mut output,
+            ),
+            None => engine.counters.count_drop(Reason::Malformed),
+        }
+    });
 }
 
 /// Where one thread's frames go.

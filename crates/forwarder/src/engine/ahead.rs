@@ -1,19 +1,54 @@
-//! A look ahead: the entry of a flow is fetched from memory while packets before it are worked off.
+//! A look ahead: the entries of flows are fetched from memory while packets before them are worked off.
 //!
-//! With more flows than the caches hold, waiting for the entry is what a packet's decision costs most.
+//! With more flows than the caches hold, waiting for the entry is what a packet's decision costs most. Memory answers several
+//! questions at once if none has to wait for the one before, so that a group of frames is looked at in steps, and no step waits:
+//!
+//! ```text
+//!  note: hash each frame, ask for its tags ──► fetch: lock, read tags, note where the entries may be ──► ask for all of these
+//! ```
 
 use phalanx_flow::key::{TCP, UDP, mapped};
 use phalanx_flow::{FlowKey, FlowSeed, flow_hash};
 
 use super::Engine;
+use super::table::Whereabouts;
 
-impl Engine {
-    /// Says that `frame`, a whole Ethernet frame, is ruled on soon. A hint: nothing changes but the time that ruling takes.
+/// Frames of a group: enough questions to keep memory busy, few enough entries to stay in the caches until they are used.
+pub const GROUP: usize = 16;
+
+/// The frames that are ruled on soon. A hint: nothing changes but the time that ruling takes.
+#[derive(Debug)]
+pub struct Ahead<'e> {
+    engine: &'e Engine,
+    seed: FlowSeed,
+    hashes: [u64; GROUP],
+    noted: usize,
+    found: Whereabouts,
+}
+
+impl<'e> Ahead<'e> {
+    /// Looks ahead for `engine`, whose flows hash by `seed`.
+    pub fn new(engine: &'e Engine, seed: FlowSeed) -> Self {
+        Self { engine, seed, hashes: [0; GROUP], noted: 0, found: Whereabouts::default() }
+    }
+
+    /// Notes a whole Ethernet frame; those beyond a group are left out.
     #[inline]
-    pub fn foresee(&self, seed: FlowSeed, frame: &[u8]) {
-        if let Some(key) = probable_key(frame) {
-            self.table.prefetch(flow_hash(seed, &key));
+    pub fn note(&mut self, frame: &[u8]) {
+        if let Some(place) = self.hashes.get_mut(self.noted)
+            && let Some(key) = probable_key(frame)
+        {
+            *place = flow_hash(self.seed, &key);
+            self.engine.table.prefetch_tags(*place);
+            self.noted += 1;
         }
+    }
+
+    /// Asks for the entries of all that was noted since the last time.
+    #[inline]
+    pub fn fetch(&mut self) {
+        self.engine.table.prefetch_entries(&self.hashes[..self.noted], &mut self.found);
+        self.noted = 0;
     }
 }
 

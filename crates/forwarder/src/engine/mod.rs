@@ -1,12 +1,13 @@
 //! What every forwarder on the host shares: tables, plan lookup, events, and the ruling on one packet.
 //!
-//! [`Batch::rule`] parses nothing and sends nothing: it asks [`decide`] and carries the decision out on the flow table;
+//! [`Batch::rule`] parses nothing and sends nothing: it asks [`decide_into`] and carries the decision out on the flow table;
 //! [`Batch::target`] says where the packet goes, and [`crate::rewrite`] makes it go there.
 
 mod ahead;
 mod clock;
 pub mod entry;
 mod held;
+mod pages;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -20,7 +21,7 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, Guard};
 use hashbrown::HashMap;
 use phalanx_flow::decide::{
-    Action, Choice, Decision, HandOff, Local, OUTCOMES, Outcome, Service, ServiceMatch, Tables, decide,
+    Action, Choice, Decision, HandOff, Local, OUTCOMES, Outcome, Service, ServiceMatch, Tables, decide_into,
 };
 use phalanx_flow::member::Liveness;
 use phalanx_flow::packet::Packet;
@@ -32,6 +33,7 @@ use phalanx_flow::{
 use crate::counters::SharedCounters;
 use crate::plan::{NextHop, NextHops, Plan, PlanBackend, PlanMember, PlanService};
 use crate::{Counters, Drop, InstallError, RowSet, Upserted};
+pub use ahead::{Ahead, GROUP};
 pub use clock::Clock;
 use entry::{entry_of, is_replaced, life, record_of};
 pub use held::{Held, HeldFrame};
@@ -59,7 +61,7 @@ const SCAN_EVERY_MS: u64 = 1_000;
 pub struct CompiledPlan {
     /// The plan.
     pub plan: Plan,
-    services: HashMap<([u8; 16], [u8; 2], u8), Service>,
+    services: HashMap<ServiceName, Service>,
     addresses: HashMap<[u8; 16], ()>,
     local_address: ([u8; 16], u8),
     slots: HashMap<MemberId, MemberSlot>,
@@ -139,6 +141,7 @@ impl CompiledPlan {
         self.service(service.index)
     }
 
+    #[inline]
     fn row_of(&self, key: &FlowKey, hash: u64) -> u32 {
         self.plan.row_function.row_of(key, hash)
     }
@@ -224,9 +227,14 @@ pub struct Batch<'a> {
     now_ms: u64,
     leased: bool,
     outcomes: [Cell<u32>; OUTCOMES],
+    /// The service that was asked for last: the next packet's, more often than not.
+    last_service: Cell<Option<(ServiceName, Service)>>,
 }
 
-/// What [`decide`] reads for one packet. The flow's shard stays locked from reading to writing, so that nothing comes between.
+/// Address, port and protocol of a service.
+type ServiceName = ([u8; 16], [u8; 2], u8);
+
+/// What [`decide_into`] reads for one packet. The flow's shard stays locked from reading to writing, so that nothing comes between.
 struct View<'a, 'b> {
     batch: &'b Batch<'a>,
     hash: Cell<u64>,
@@ -234,6 +242,7 @@ struct View<'a, 'b> {
 }
 
 impl<'a> View<'a, '_> {
+    #[inline]
     fn with_shard<T>(&self, look: impl FnOnce(&mut Shard, u64) -> T) -> T {
         let hash = self.hash.get();
         let mut shard = self.shard.borrow_mut();
@@ -246,6 +255,7 @@ impl<'a> View<'a, '_> {
 }
 
 impl Tables for View<'_, '_> {
+    #[inline]
     fn local(&self) -> Local {
         Local {
             slot: self.plan().plan.local,
@@ -255,29 +265,43 @@ impl Tables for View<'_, '_> {
         }
     }
 
+    #[inline]
     fn service(&self, key: &FlowKey) -> ServiceMatch {
+        let name = (key.destination, key.destination_port, key.protocol);
+        if let Some((last, service)) = self.batch.last_service.get()
+            && last == name
+        {
+            return ServiceMatch::Service(service);
+        }
         let plan = self.plan();
-        match plan.services.get(&(key.destination, key.destination_port, key.protocol)) {
-            Some(service) => ServiceMatch::Service(*service),
+        match plan.services.get(&name) {
+            Some(service) => {
+                self.batch.last_service.set(Some((name, *service)));
+                ServiceMatch::Service(*service)
+            }
             None if plan.is_service_address(&key.destination) => ServiceMatch::AddressOnly,
             None => ServiceMatch::Foreign,
         }
     }
 
+    #[inline]
     fn row_of(&self, key: &FlowKey, hash: u64) -> u32 {
-        // `decide` asks for a key's row before it looks the key up.
+        // `decide_into` asks for a key's row before it looks the key up.
         self.hash.set(hash);
         self.plan().row_of(key, hash)
     }
 
+    #[inline]
     fn row(&self, row: u32) -> Row {
         self.plan().plan.rows.get(row as usize).copied().unwrap_or(Row::EMPTY)
     }
 
+    #[inline]
     fn previous_row(&self, row: u32) -> Option<Row> {
         self.plan().plan.previous.as_ref()?.get(row as usize).copied()
     }
 
+    #[inline]
     fn liveness(&self, slot: MemberSlot) -> Liveness {
         self.plan().member(slot).map_or(Liveness::Down, |member| member.liveness)
     }
@@ -286,11 +310,13 @@ impl Tables for View<'_, '_> {
         self.plan().slots.get(&id).copied().unwrap_or(MemberSlot::NONE)
     }
 
+    #[inline]
     fn flow(&self, key: &FlowKey) -> Option<FlowEntry> {
         debug_assert_eq!(self.hash.get(), flow_hash(self.plan().plan.seed, key), "row_of comes first");
         self.with_shard(|shard, hash| shard.get(hash, key).copied())
     }
 
+    #[inline]
     fn cached(&self, key: &FlowKey) -> Option<FlowEntry> {
         self.with_shard(|shard, _| shard.cache.get(key).copied())
     }
@@ -344,16 +370,22 @@ impl Batch<'_> {
     }
 
     /// Decides on one packet and carries the decision out on the tables.
-    #[inline]
     pub fn rule(&self, packet: &Packet, arrival: &Arrival) -> Decision {
+        let mut decision = Decision::PASS;
+        self.rule_into(&mut decision, packet, arrival);
+        decision
+    }
+
+    /// [`Self::rule`] into memory of the caller's, whatever it held before: a decision is too large to be moved about for every packet.
+    #[inline]
+    pub fn rule_into(&self, decision: &mut Decision, packet: &Packet, arrival: &Arrival) {
         let view = View { batch: self, hash: Cell::new(0), shard: RefCell::new(None) };
-        let decision = decide(packet, arrival, &view);
-        self.engine.commit(packet, &decision, &self.state.plan, self.now_ms, view.shard.into_inner());
+        decide_into(decision, packet, arrival, &view);
+        self.engine.commit(packet, decision, &self.state.plan, self.now_ms, view.shard.into_inner());
         self.count(decision.outcome);
         if let Verdict::Drop(reason) = decision.verdict {
             self.engine.counters.count_drop(reason.into());
         }
-        decision
     }
 
     /// Where a ruled packet goes. Counts what has no next hop.
@@ -470,6 +502,7 @@ impl Engine {
             now_ms,
             leased: now_ms < self.lease_until_ms.load(Ordering::Relaxed),
             outcomes: [const { Cell::new(0) }; OUTCOMES],
+            last_service: Cell::new(None),
         }
     }
 

@@ -2,12 +2,16 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
 use lru::LruCache;
 use phalanx_flow::{FlowEntry, FlowKey, FlowState};
+
+use super::ahead::GROUP;
+use super::pages::Pages;
 
 /// Shards of the table; a power of two, many more than forwarding threads, so that they seldom meet.
 const SHARDS: usize = 64;
@@ -34,8 +38,8 @@ type Slot = (FlowKey, u64, FlowEntry);
 /// One share of the table.
 #[derive(Debug)]
 pub(crate) struct Shard {
-    flows: HashTable<Slot>,
-    half_open: HashTable<Slot>,
+    flows: HashTable<Slot, Pages>,
+    half_open: HashTable<Slot, Pages>,
     /// Half-open flows in the order of their making; keys that have moved on are skipped.
     half_open_order: VecDeque<(FlowKey, u64)>,
     pub(crate) cache: LruCache<FlowKey, FlowEntry>,
@@ -56,12 +60,12 @@ pub(crate) enum Put {
 }
 
 impl Shard {
-    fn new(limits: TableLimits) -> Self {
+    fn new(limits: TableLimits, pages: &Pages) -> Self {
         let share = |total: usize| total.div_ceil(SHARDS).max(1);
         let cached = NonZeroUsize::new(share(limits.cached)).unwrap_or(NonZeroUsize::MIN);
         Self {
-            flows: HashTable::new(),
-            half_open: HashTable::new(),
+            flows: HashTable::new_in(pages.clone()),
+            half_open: HashTable::new_in(pages.clone()),
             half_open_order: VecDeque::new(),
             cache: LruCache::new(cached),
             // A share may fill before the others: an eighth more room keeps the whole close to its limit.
@@ -71,6 +75,7 @@ impl Shard {
         }
     }
 
+    #[inline]
     pub(crate) fn get(&self, hash: u64, key: &FlowKey) -> Option<&FlowEntry> {
         let same = |slot: &Slot| slot.0 == *key;
         self.flows.find(hash, same).or_else(|| self.half_open.find(hash, same)).map(|slot| &slot.2)
@@ -84,13 +89,27 @@ impl Shard {
         self.half_open.find_mut(hash, same).map(|slot| &mut slot.2)
     }
 
-    /// Asks the processor for the slots that may be this flow's, and does not wait for them: only their tags are read.
-    fn prefetch(&self, hash: u64) {
+    /// Notes which slots may be this flow's: only their tags are read.
+    #[inline]
+    fn locate(&self, hash: u64, found: &mut Whereabouts) {
         let none = self.flows.find(hash, |slot| {
-            prefetch(slot);
+            found.push(slot);
             false
         });
         debug_assert!(none.is_none(), "nothing was looked for");
+    }
+
+    /// Where the tags of the table start, as an address, and how many there are less one.
+    #[cold]
+    fn tags(&self) -> Option<(usize, usize)> {
+        Some((self.tags_beside(self.flows.iter().next()?)?, self.flows.num_buckets() - 1))
+    }
+
+    /// Where the tags start, by one slot of the table: slots lie in front of the tags, the first one last. Were the library to lay its
+    /// tables out in another way, memory would be asked for what nobody needs, and no more.
+    fn tags_beside(&self, slot: &Slot) -> Option<usize> {
+        let index = self.flows.find_bucket_index(slot.1, |other| std::ptr::eq(slot, other))?;
+        Some(std::ptr::from_ref(slot).addr() + (index + 1) * size_of::<Slot>())
     }
 
     /// Writes an entry where its state belongs.
@@ -118,6 +137,7 @@ impl Shard {
     }
 
     /// Overwrites the entry that was read under the same lock.
+    #[inline]
     pub(crate) fn update(&mut self, hash: u64, key: FlowKey, entry: FlowEntry) -> Put {
         let same = |slot: &Slot| slot.0 == key;
         if entry.flow_state() != FlowState::HalfOpen
@@ -177,48 +197,147 @@ impl Shard {
     }
 }
 
-/// Brings a slot into the caches. Does nothing where the standard library offers no stable way.
+/// Where entries that are needed soon may be.
+#[derive(Debug)]
+pub(crate) struct Whereabouts {
+    slots: [*const Slot; 2 * GROUP],
+    count: usize,
+}
+
+impl Default for Whereabouts {
+    fn default() -> Self {
+        Self { slots: [std::ptr::null(); 2 * GROUP], count: 0 }
+    }
+}
+
+impl Whereabouts {
+    /// One flow may have several tags like its own beside it, but not many flows do: what is too much is left out.
+    #[inline]
+    fn push(&mut self, slot: &Slot) {
+        if let Some(place) = self.slots.get_mut(self.count) {
+            *place = slot;
+            self.count += 1;
+        }
+    }
+
+    #[inline]
+    fn prefetch(&mut self) {
+        for slot in &self.slots[..self.count] {
+            // Cache lines of 64 bytes; the last byte may lie in one more.
+            for at in [0, 64, size_of::<Slot>() - 1] {
+                prefetch(slot.addr() + at);
+            }
+        }
+        self.count = 0;
+    }
+}
+
+/// Brings the cache line of an address into the caches. Does nothing where the standard library offers no stable way.
 #[inline(always)]
-fn prefetch(slot: &Slot) {
+fn prefetch(address: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let start = std::ptr::from_ref(slot).cast::<i8>();
-        // Cache lines of 64 bytes; the last byte may lie in one more.
-        for at in [0, 64, size_of::<Slot>() - 1] {
-            // SAFETY: a hint, which reads nothing and cannot fault.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at)) };
-        }
+        // SAFETY: a hint, which reads nothing and cannot fault, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(address)) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = slot;
+    let _ = address;
+}
+
+/// A shard, and what is known of its memory without the lock.
+#[derive(Debug)]
+struct Share {
+    /// Address of the tags, and their number less one; as they were at some time, for hints.
+    tags: AtomicUsize,
+    tag_mask: AtomicUsize,
+    shard: Mutex<Shard>,
 }
 
 /// Flow table, half-open table and cache of one member on the host.
 #[derive(Debug)]
 pub(crate) struct FlowTable {
-    shards: Box<[Mutex<Shard>]>,
+    shards: Box<[Share]>,
 }
 
 impl FlowTable {
     pub(crate) fn new(limits: TableLimits) -> Self {
-        Self { shards: (0..SHARDS).map(|_| Mutex::new(Shard::new(limits))).collect() }
+        let pages = Pages::default();
+        let share = || Share {
+            tags: AtomicUsize::new(0),
+            tag_mask: AtomicUsize::new(0),
+            shard: Mutex::new(Shard::new(limits, &pages)),
+        };
+        Self { shards: (0..SHARDS).map(|_| share()).collect() }
     }
 
-    /// The share of a flow. The low bits choose rows and slots; the shard comes from others.
-    pub(crate) fn shard(&self, hash: u64) -> MutexGuard<'_, Shard> {
-        self.shards[(hash >> 24) as usize % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes a lookup of this flow soon after cheaper. A share that is in use is left alone.
+    /// The low bits choose rows and slots; the shard comes from others.
     #[inline]
-    pub(crate) fn prefetch(&self, hash: u64) {
-        if let Ok(shard) = self.shards[(hash >> 24) as usize % SHARDS].try_lock() {
-            shard.prefetch(hash);
+    fn share(&self, hash: u64) -> &Share {
+        &self.shards[(hash >> 24) as usize % SHARDS]
+    }
+
+    /// The share of a flow.
+    #[inline]
+    pub(crate) fn shard(&self, hash: u64) -> MutexGuard<'_, Shard> {
+        self.share(hash).shard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for the tags among which those of this flow are.
+    #[inline]
+    pub(crate) fn prefetch_tags(&self, hash: u64) {
+        let share = self.share(hash);
+        let mask = share.tag_mask.load(Ordering::Relaxed);
+        prefetch(share.tags.load(Ordering::Relaxed).wrapping_add(hash as usize & mask));
+    }
+
+    /// Makes lookups of these flows soon after cheaper. Shares that are in use are left alone.
+    #[inline]
+    pub(crate) fn prefetch_entries(&self, hashes: &[u64], found: &mut Whereabouts) {
+        for hash in hashes {
+            let share = self.share(*hash);
+            if let Ok(shard) = share.shard.try_lock() {
+                if shard.flows.num_buckets() != share.tag_mask.load(Ordering::Relaxed) + 1
+                    && let Some((tags, mask)) = shard.tags()
+                {
+                    share.tags.store(tags, Ordering::Relaxed);
+                    share.tag_mask.store(mask, Ordering::Relaxed);
+                }
+                shard.locate(*hash, found);
+            }
         }
+        // Only now: a lock makes the processor wait for what it asked for before.
+        found.prefetch();
     }
 
     pub(crate) fn shards(&self) -> impl Iterator<Item = MutexGuard<'_, Shard>> {
-        self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner))
+        self.shards.iter().map(|share| share.shard.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use phalanx_flow::BackendIndex;
+    use phalanx_flow::decide::Decision;
+
+    use super::*;
+
+    #[test]
+    fn all_slots_agree_on_where_the_tags_are() {
+        let mut shard = Shard::new(TableLimits::default(), &Pages::default());
+        assert_eq!(shard.tags(), None);
+        let entry = FlowEntry {
+            backend: BackendIndex(1),
+            state: FlowState::Established as u8,
+            ..Decision::PASS.entry
+        };
+        for number in 0..3_000_u64 {
+            let key = FlowKey { source_port: (number as u16).to_be_bytes(), ..Decision::PASS.key };
+            let put = shard.put(number.wrapping_mul(0x9e37_79b9_7f4a_7c15), key, entry);
+            assert_eq!(put, Put::Done);
+        }
+        let (tags, mask) = shard.tags().expect("a table with flows");
+        assert_eq!(mask, 4095);
+        assert!(shard.flows.iter().all(|slot| shard.tags_beside(slot) == Some(tags)));
     }
 }

@@ -30,6 +30,11 @@ const EVENTS_AT_ONCE: usize = 16_384;
 /// How often the forwarder's counters are looked at: whether it had to leave out events, and whether packets come.
 const COUNTERS_EVERY: Duration = Duration::from_millis(250);
 
+/// How often flows that nobody would ever protect are told again, and how many at once. A peer that refuses them for want of room is
+/// asked no more often than this.
+const TELL_AGAIN_EVERY: Duration = Duration::from_secs(5);
+const TOLD_AGAIN_AT_ONCE: usize = 4096;
+
 /// Other members' transfers have had this long when a member drops what it holds no more.
 const SWEEP_AFTER: Duration = Duration::from_secs(1);
 
@@ -119,6 +124,7 @@ pub struct Control {
     events_lost: u64,
     traffic: Traffic,
     counters_at: Option<Instant>,
+    tell_again_at: Option<Instant>,
     view_changes: u64,
     events: VecDeque<Event>,
 }
@@ -152,6 +158,7 @@ impl Control {
             events_lost: 0,
             traffic: Traffic::default(),
             counters_at: None,
+            tell_again_at: None,
             view_changes: 0,
             events: VecDeque::new(),
         }
@@ -285,6 +292,7 @@ impl Control {
             self.install();
         }
         self.repair_if_due(now);
+        self.tell_again_if_due(now);
         self.close_window_if_due(now);
         self.sweep_if_due(now);
         self.leave_if_due(now);
@@ -620,6 +628,19 @@ impl Control {
             let kind = if record.birth == 0 { FlowEventKind::New } else { FlowEventKind::Changed };
             self.replicator.handle_event(now, FlowEvent { kind, at_once: false, record });
         }
+    }
+
+    /// Tells of flows again that are unprotected though nothing is on its way.
+    fn tell_again_if_due(&mut self, now: Instant) {
+        if *self.tell_again_at.get_or_insert(now + TELL_AGAIN_EVERY) > now {
+            return;
+        }
+        self.tell_again_at = Some(now + TELL_AGAIN_EVERY);
+        for key in self.replicator.stalled(TOLD_AGAIN_AT_ONCE) {
+            let record = self.forwarder.get(&key);
+            self.replicator.handle_stalled(&key, record);
+        }
+        self.pump(now);
     }
 
     /// Carries out whatever the replicator wants of the forwarder, until it wants nothing more.

@@ -18,6 +18,7 @@ mod idle;
 mod inbound;
 mod outbox;
 mod sending;
+mod stalled;
 mod types;
 
 use ended::Births;

@@ -19,6 +19,8 @@ use super::*;
 use crate::planner::Fixed;
 
 const FLOWS: u16 = 60;
+/// What a member's flow table takes.
+const LIMIT: usize = 10_000;
 const LINGER: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(500);
 
@@ -86,7 +88,7 @@ impl Site {
             };
             let mut planner = Planner::new(fixed).expect("64 rows");
             planner.set_services(&[service()]);
-            let limits = TableLimits { flows: 10_000, half_open: 1000, ..TableLimits::default() };
+            let limits = TableLimits { flows: LIMIT, half_open: 1000, ..TableLimits::default() };
             let forwarder = Arc::new(MemoryForwarder::new(planner.plan(), limits).expect("a plan"));
             let rate = NonZeroU32::new(1_000_000).expect("not zero");
             let config = phalanx_rebalancer::Config { local: MemberId(id), transfer_rate: rate };
@@ -385,4 +387,33 @@ fn who_has_lost_less_than_half_asks_nobody_who_is_gone() {
     let plan = site.members[&1].0.planner().plan();
     assert!(plan.members.iter().all(|member| member.liveness != Liveness::Suspect));
     assert!(plan.previous.is_none());
+}
+
+#[test]
+fn flows_that_the_backup_refused_are_told_again_and_protected_once_there_is_room() {
+    let mut site = Site::new(&[1, 2]);
+    let now = site.now;
+    let services = [vec![RankedBackend { id: backend(), weight: 1 }]];
+    site.members.get_mut(&1).expect("there").0.set_usable(now, &services);
+    site.see(&[1, 2], &[], 1, None);
+    site.pass(LINGER + 4 * TICK);
+    let filler: Vec<Record> = (0..LIMIT as u16).map(|n| record(10_000 + n)).collect();
+    site.forwarder(2).upsert(&filler);
+    let owner = site.forwarder(1);
+    owner.renew_lease(Duration::from_secs(600));
+    for port in 2000..2040 {
+        for flags in ["S", "A"] {
+            let line = format!("ip4 198.51.100.8>192.0.2.1 tcp {port}>80 {flags}");
+            owner.inject(&frame(&line), Link::Ethernet, 1);
+        }
+    }
+    let unprotected = |site: &Site| site.members[&1].0.replicator().unprotected();
+    site.pass(2 * TELL_AGAIN_EVERY);
+    assert!(unprotected(&site) > 0, "there is no room");
+    for record in &filler {
+        site.forwarder(2).remove(&record.key, record.birth, Duration::ZERO);
+    }
+    site.pass(TELL_AGAIN_EVERY + 2 * TICK);
+    assert_eq!(unprotected(&site), 0);
+    assert!(site.members[&1].0.replicator().counters().told_again > 0);
 }

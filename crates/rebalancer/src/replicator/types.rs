@@ -217,6 +217,8 @@ pub struct Counters {
     pub barred: u64,
     /// Records that peers refused (full, or backend unknown).
     pub refused: u64,
+    /// Flows told again because nothing was on its way that could have protected them.
+    pub told_again: u64,
     /// Records not queued because too much waits for the peer.
     pub overflowed: u64,
     /// Births more than a day ahead of our clock, not followed.

@@ -1,0 +1,32 @@
+//! Flows that are counted as unprotected though nothing is on its way that could be acknowledged.
+//!
+//! A peer refused them; or, after members had been cut off from each other, what it acknowledged was another record of the flow than
+//! the one that was counted. Nobody would ever protect them.
+
+use phalanx_flow::{FlowKey, Record};
+
+use super::Replicator;
+
+impl Replicator {
+    /// Some of them, at most `limit`: those whose backup is connected and has acknowledged all it was sent.
+    pub fn stalled(&self, limit: usize) -> Vec<FlowKey> {
+        let waits = |key: &&FlowKey| {
+            self.backup_of_own(key).and_then(|backup| self.peers.get(&backup)).is_some_and(|peer| {
+                peer.connected
+                    && peer.outbox.len() == 0
+                    && peer.inflight.is_empty()
+                    && peer.transfer.is_none()
+            })
+        };
+        self.unprotected.keys().filter(waits).take(limit).copied().collect()
+    }
+
+    /// What the forwarder has of a [stalled](Self::stalled) flow: it is told again, or no longer counted if there is nothing.
+    pub fn handle_stalled(&mut self, key: &FlowKey, record: Option<Record>) {
+        self.unprotected.remove(key);
+        if let Some(record) = record.filter(|record| record.birth != 0 && self.is_worth_telling(record)) {
+            self.counters.told_again += 1;
+            self.replicate(record);
+        }
+    }
+}

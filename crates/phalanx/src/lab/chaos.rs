@@ -38,7 +38,7 @@ impl ChaosSite {
 pub struct Step {
     /// Time to let pass once the cluster is protected.
     pub calm: Duration,
-    /// What is done: at most one of it takes a member away, brings one, or moves flows.
+    /// What is done, in this order: at most one of it takes a member away, brings one, or moves flows, and backends change before it.
     pub actions: Vec<Action>,
 }
 
@@ -357,14 +357,15 @@ impl Iterator for Schedule {
             if !is_backend_change(first)
                 && let Some(action) = self.draw(gentle)
             {
-                actions.push(action);
+                actions.insert(if is_backend_change(action) { 0 } else { 1 }, action);
             }
         }
         Some(Step { calm: Duration::from_millis(self.dice.between(500, 2000)), actions })
     }
 }
 
-const fn is_backend_change(action: Action) -> bool {
+/// Whether the consistent table changes by it.
+pub const fn is_backend_change(action: Action) -> bool {
     matches!(
         action,
         Action::AddBackend(_) | Action::DrainBackend(_) | Action::FailBackend(_) | Action::MendBackend(_)

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::super::changes::{BrokenReport, ChangeNote, ChaosReport, Sample};
-use super::super::chaos::{ChaosSite, Schedule, Step};
+use super::super::chaos::{ChaosSite, Schedule, Step, is_backend_change};
 use super::super::metrics;
 use super::super::scenario::Action;
 use super::super::weather::Weather;
@@ -27,6 +27,9 @@ const PROTECTED_WITHIN: Duration = Duration::from_secs(60);
 const LAST_STEP: Duration = Duration::from_secs(8);
 /// A router's BFD session that went down sends once a second until it is up (RFC 5880 §6.8.3), so it takes that long to come up again.
 const SESSION_UP: Duration = Duration::from_secs(1);
+/// A flow that is half-open has one holder unless the backends change: nothing covers it if they do while its owner goes. So of two
+/// changes made together that of the backends comes first, by this much, which is far more than a handshake takes.
+const BACKENDS_FIRST: Duration = Duration::from_millis(500);
 /// How often the live connections and the flows without a backup are sampled.
 const SAMPLE_PERIOD: Duration = Duration::from_millis(250);
 
@@ -93,6 +96,10 @@ impl Lab {
         for action in &step.actions {
             if let Err(error) = self.carry_out(*action) {
                 self.problems.push(format!("cannot {action}: {error:#}"));
+            }
+            let done = Instant::now();
+            while is_backend_change(*action) && done.elapsed() < BACKENDS_FIRST && !self.is_interrupted() {
+                self.step_and_sample()?;
             }
         }
         Ok(())

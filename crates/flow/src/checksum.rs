@@ -127,15 +127,24 @@ const fn add(a: u64, b: u64) -> u64 {
 /// The checksum of an IPv4 header without options; its own field is not counted.
 #[inline(always)]
 pub const fn ipv4_header(header: &[u8; 20]) -> u16 {
-    let own = u16::from_be_bytes([header[10], header[11]]) as u64;
-    finish(of(header).wrapping_sub(own))
+    let h = header;
+    // In the machine's own order and in larger words: the sum does not care (RFC 1071 §2).
+    let sum = (u32::from_ne_bytes([h[0], h[1], h[2], h[3]]) as u64)
+        .wrapping_add(u32::from_ne_bytes([h[4], h[5], h[6], h[7]]) as u64)
+        .wrapping_add(u32::from_ne_bytes([h[8], h[9], 0, 0]) as u64)
+        .wrapping_add(u32::from_ne_bytes([h[12], h[13], h[14], h[15]]) as u64)
+        .wrapping_add(u32::from_ne_bytes([h[16], h[17], h[18], h[19]]) as u64);
+    u16::from_be_bytes(finish(sum).to_ne_bytes())
 }
 
 /// `checksum` after a 16-bit word it covers changed from `old` to `new` (RFC 1624 §3, equation 3).
 #[inline(always)]
 pub const fn update(checksum: u16, old: u16, new: u16) -> u16 {
-    let sum = (!checksum as u64).wrapping_add(!old as u64).wrapping_add(new as u64);
-    !fold(sum)
+    let sum = (!checksum as u32).wrapping_add(!old as u32).wrapping_add(new as u32);
+    // Three words of 16 bits: twice is enough.
+    let sum = (sum & 0xffff).wrapping_add(sum >> 16);
+    let sum = (sum & 0xffff).wrapping_add(sum >> 16);
+    !(sum as u16)
 }
 
 /// The sum of a pseudo-header (RFC 9293 §3.1, RFC 8200 §8.1); IPv4 addresses are mapped ones.

@@ -119,6 +119,16 @@ pub enum EncapError {
     NoRoom,
 }
 
+/// Whether anything of the flow's hash stands in what `method` puts in front: a port or a flow label, for routers to spread by.
+#[inline(always)]
+pub const fn is_spread(method: Method, family: u8) -> bool {
+    match method {
+        Method::L2 => false,
+        Method::IpIp => family != 4,
+        Method::Gue => true,
+    }
+}
+
 /// Bytes that `method` adds to an IP packet when the outer addresses are of `family`.
 #[inline(always)]
 pub const fn overhead(method: Method, family: u8) -> u16 {
@@ -280,8 +290,7 @@ fn wrap<F: Frame>(
     }
     // No overflow: it is at most the MTU, which has 16 bits.
     let total = packet.l3_length.wrapping_add(added as u16);
-    headers::ethernet(frame, link, outer.family)?;
-    headers::ip(frame, ETHERNET, outer, packet.tos, protocol, total)?;
+    headers::ethernet_and_ip(frame, link, outer, packet.tos, protocol, total)?;
     if let Layer::HandOff(header) = layer {
         let at = inner.wrapping_sub(GENEVE_LENGTH);
         written(frame.write(at, hand_off_bytes(header, packet.key.family)))?;

@@ -154,7 +154,7 @@ pub struct FlowEntry {
     pub birth: u64,
     /// When a packet of the flow was last seen here, in milliseconds of the forwarder's monotonic clock.
     pub last_seen_ms: u64,
-    /// The last-seen time that was last reported to the owner, same clock.
+    /// The last-seen time that was last reported to the owner, same clock; the owner itself brings it up to date as often.
     pub last_reported_ms: u64,
     /// Counts changes of state since `birth`.
     pub update: u32,

@@ -10,7 +10,7 @@ pub(crate) mod samples;
 mod tests;
 
 pub(crate) use parse::{ETHERTYPE_IPV4, ETHERTYPE_IPV6};
-pub use parse::{ParseError, Reason, parse};
+pub use parse::{ParseError, Reason, parse, parse_plain};
 pub use reader::{Frame, FrameBuf, HEADROOM, Reader};
 
 use crate::key::FlowKey;

@@ -57,8 +57,10 @@ pub struct Header {
     pub handoff_port_be: [u8; 2],
     /// Family of `local_address`: 4 or 6.
     pub local_family: u8,
+    /// 1: there may be something in the cache.
+    pub caching: u8,
     /// Zero.
-    pub reserved: [u8; 7],
+    pub reserved: [u8; 6],
     /// Our interfaces' addresses, little-endian, [`NO_MAC`] behind the last: frames for others are not ours to forward.
     pub macs: [u64; MAX_MACS],
     /// Digest of the view, for hand-offs.
@@ -75,17 +77,17 @@ const _: () = assert!(size_of::<Header>() == 144);
 pub struct Hop {
     /// Egress interface; 0: not known.
     pub interface: u32,
-    /// Largest IP packet, in bytes.
-    pub mtu: u16,
-    /// MAC of the egress interface.
-    pub source_mac: [u8; 6],
     /// MAC of the next hop.
     pub destination_mac: [u8; 6],
+    /// MAC of the egress interface: it follows the other one as in a frame.
+    pub source_mac: [u8; 6],
+    /// Largest IP packet, in bytes.
+    pub mtu: u16,
     /// Zero.
     pub reserved: [u8; 2],
 }
 
-const _: () = assert!(size_of::<Hop>() == 20);
+const _: () = assert!(size_of::<Hop>() == 20 && core::mem::offset_of!(Hop, destination_mac) == 4);
 
 /// A member, by plan and slot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -157,6 +159,40 @@ pub struct ServiceValue {
     pub replicate_syn: u32,
     /// 1: flows at backends that are in the map of failed ones are reset.
     pub resets: u32,
+}
+
+/// A place in the table in front of the map of services, which does without the map's hash: each service has one place by
+/// [`front_place`], and is found in the map alone where another has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct FrontService {
+    /// Virtual address, IPv4 as mapped.
+    pub address: [u8; 16],
+    /// [`ServiceKey`]'s port, protocol and plan.
+    pub rest: [u8; 4],
+    /// The service.
+    pub value: ServiceValue,
+}
+
+const _: () = assert!(size_of::<FrontService>() == 40);
+
+impl FrontService {
+    /// Nobody's: there are two plans only.
+    pub const EMPTY: Self = Self {
+        address: [0; 16],
+        rest: [0, 0, 0, u8::MAX],
+        value: ServiceValue { block: 0, idle_ms: 0, index: 0, replicate_syn: 0, resets: 0 },
+    };
+}
+
+/// Places of a plan.
+pub const FRONT: u32 = 256;
+
+/// Where a service stands among [`FRONT`] places; of its address, in words, and its port.
+#[inline(always)]
+pub fn front_place(first: u64, second: u64, port_be: [u8; 2]) -> u32 {
+    let mixed = (first ^ second ^ u16::from_ne_bytes(port_be) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed >> 56) as u32
 }
 
 /// Key of a backend of a service whose flows are reset.
@@ -241,8 +277,6 @@ pub struct CpuCounters {
     pub punted: u64,
     /// Packets that found no room on the way to user space.
     pub punts_lost: u64,
-    /// The program's clock when a packet was last seen, in milliseconds.
-    pub seen_ms: u64,
     /// A decision named what the plan has not, or a tail call failed: faults of ours.
     pub faults: u64,
     /// Packets whose next hop the plan did not know, so that the kernel's routes were asked.
@@ -251,6 +285,10 @@ pub struct CpuCounters {
     pub half_open_in: u64,
     /// See `half_open_in`.
     pub half_open_out: u64,
+    /// The tick in which the CPU looked at the clock, and what the clock said, in milliseconds.
+    pub tick: u64,
+    /// See `tick`.
+    pub tick_ms: u64,
     /// Frames for another host's MAC address.
     pub other_host: u64,
 }
@@ -374,8 +412,12 @@ pub mod stage {
     pub const PUNT: u32 = 5;
     /// Reads what was inside a hand-off.
     pub const INNER: u32 = 6;
+    /// Reads packets that are not plain.
+    pub const PARSE: u32 = 7;
+    /// Reads plain packets of IPv6.
+    pub const V6: u32 = 8;
     /// How many there are.
-    pub const COUNT: u32 = 7;
+    pub const COUNT: u32 = 9;
 }
 
 /// Programs by their stage; the entry, which is attached, is [`ENTRY`].
@@ -387,6 +429,8 @@ pub const STAGES: [&str; stage::COUNT as usize] = [
     "phalanx_reply",
     "phalanx_punt",
     "phalanx_inner",
+    "phalanx_parse",
+    "phalanx_v6",
 ];
 /// The program that is attached.
 pub const ENTRY: &str = "phalanx";

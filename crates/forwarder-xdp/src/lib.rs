@@ -51,7 +51,7 @@ use maps::{Maps, now_ms};
 pub use pass::attach_pass;
 pub use pins::{detach, usual_directory};
 use run::run;
-use writer::{Names, Writer};
+use writer::{Names, Site, Writer};
 
 /// How often the tables are searched for entries whose time is over.
 const SCAN_EVERY_MS: u64 = 1_000;
@@ -97,6 +97,8 @@ pub struct XdpForwarder {
     names: Arc<RwLock<Names>>,
     writer: Mutex<Writer>,
     macs: Arc<Mutex<OwnMacs>>,
+    /// Whether anything was put into the cache, now or by an earlier process: the program does without looking while it is empty.
+    caching: AtomicBool,
     events: Mutex<Events>,
     echoes: Mutex<Vec<u64>>,
     scan: Mutex<Scan>,
@@ -236,13 +238,14 @@ impl XdpForwarder {
             None => None,
         };
         let macs = OwnMacs::read(&config.interfaces)?;
-        let mut adopted = None;
+        let (mut adopted, mut caching) = (None, false);
         let (mut writer, mut names) = (Writer::new(&maps), Names::default());
         if loaded.adopted {
             let (old_writer, old_names, header) =
                 Writer::adopt(&maps).map_err(|error| StartError::system("adopt the tables", error))?;
             if header.seed == engine.plan().plan.seed.0 {
                 (writer, names) = (old_writer, old_names);
+                caching = header.caching != 0;
                 adopted = Some(Adopted {
                     note: note.as_ref().and_then(|note| note.read().ok()).unwrap_or_default(),
                     backends: names.all().to_vec(),
@@ -256,7 +259,8 @@ impl XdpForwarder {
             }
         }
         if adopted.is_none() {
-            writer.write(&maps, &mut names, &engine.plan(), &engine.next_hops(), macs.current(), false)?;
+            let site = Site { macs: macs.current(), caching: false, keep_hops: false };
+            writer.write(&maps, &mut names, &engine.plan(), &engine.next_hops(), site)?;
         }
         let events = maps::ring(&mut loaded.ebpf, "EVENTS")
             .map_err(|error| StartError::system("open events", error))?;
@@ -290,6 +294,7 @@ impl XdpForwarder {
             names,
             writer: Mutex::new(writer),
             macs,
+            caching: AtomicBool::new(caching),
             events: Mutex::new(Events { ring: events, waiting: VecDeque::new() }),
             echoes: Mutex::default(),
             scan: Mutex::default(),
@@ -356,9 +361,10 @@ impl XdpForwarder {
     fn write(&self) -> Result<(), InstallError> {
         let mut writer = lock(&self.writer);
         let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
-        let keep = now_ms() < self.adopted_hops.until_ms;
-        let macs = lock(&self.macs).current();
-        writer.write(&self.maps, &mut names, &self.engine.plan(), &self.engine.next_hops(), macs, keep)
+        let keep_hops = now_ms() < self.adopted_hops.until_ms;
+        let caching = self.caching.load(Ordering::Relaxed);
+        let site = Site { macs: lock(&self.macs).current(), caching, keep_hops };
+        writer.write(&self.maps, &mut names, &self.engine.plan(), &self.engine.next_hops(), site)
     }
 
     /// Has the kernel make changes of flows; which of them were made.
@@ -565,6 +571,13 @@ impl Forwarder for XdpForwarder {
     }
 
     fn upsert_cache(&self, records: &[Record]) {
+        if !self.caching.swap(true, Ordering::Relaxed)
+            && let Err(error) = self.write()
+        {
+            tracing::error!(%error, "the kernel was not told that there is a cache");
+            self.caching.store(false, Ordering::Relaxed);
+            return;
+        }
         let now_ms = now_ms();
         let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
         for record in records {

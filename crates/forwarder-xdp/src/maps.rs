@@ -8,13 +8,13 @@ use aya::maps::{MapData, RingBuf};
 use phalanx_flow::{FlowEntry, FlowKey, FlowState, Row};
 
 use crate::abi::{
-    Backend, CpuCounters, FailedKey, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue,
+    Backend, CpuCounters, FailedKey, FrontService, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue,
 };
 use crate::map::{Map, data};
 
 /// The maps that a restart of the daemon adopts; `STAGES` and `WORK` belong to one load: what stages tell each other has the layout
 /// of its programs.
-pub(crate) const KEPT: [&str; 17] = [
+pub(crate) const KEPT: [&str; 18] = [
     "ACTIVE",
     "LEASE",
     "HEADERS",
@@ -22,6 +22,7 @@ pub(crate) const KEPT: [&str; 17] = [
     "MEMBER_SLOTS",
     "BACKENDS",
     "SERVICES",
+    "FRONT_SERVICES",
     "FAILED",
     "ROW_TABLE",
     "SLOT_TABLE",
@@ -42,6 +43,7 @@ pub(crate) struct Maps {
     pub(crate) member_slots: Map<MemberKey, u32>,
     pub(crate) backends: Map<u32, Backend>,
     pub(crate) services: Map<ServiceKey, ServiceValue>,
+    pub(crate) front_services: Map<u32, FrontService>,
     pub(crate) failed: Map<FailedKey, u32>,
     pub(crate) rows: Map<u32, Row>,
     pub(crate) slots: Map<u32, u32>,
@@ -75,6 +77,7 @@ impl Maps {
             member_slots: Map::new(map("MEMBER_SLOTS")?)?,
             backends: Map::new(map("BACKENDS")?)?,
             services: Map::new(map("SERVICES")?)?,
+            front_services: Map::new(map("FRONT_SERVICES")?)?,
             failed: Map::new(map("FAILED")?)?,
             rows: Map::new(map("ROW_TABLE")?)?,
             slots: Map::new(slots)?,

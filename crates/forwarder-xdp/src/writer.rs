@@ -16,8 +16,8 @@ use phalanx_forwarder::engine::CompiledPlan;
 use phalanx_forwarder::{InstallError, NextHop, NextHops, Plan, SlotSet};
 
 use crate::abi::{
-    Backend, CRC8_ROWS, FailedKey, Header, Hop, MAX_BACKENDS, MAX_MACS, MAX_MEMBERS, Member, MemberKey,
-    NO_BLOCK, ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, UNSETTLED,
+    Backend, CRC8_ROWS, FRONT, FailedKey, FrontService, Header, Hop, MAX_BACKENDS, MAX_MACS, MAX_MEMBERS,
+    Member, MemberKey, NO_BLOCK, ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, UNSETTLED, front_place,
 };
 use crate::maps::Maps;
 
@@ -62,6 +62,17 @@ enum Block<T> {
     /// Written by an earlier process.
     Unknown,
     Holds(T),
+}
+
+/// What the program has to know beside the plan.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Site {
+    /// Our interfaces' addresses.
+    pub(crate) macs: [u64; MAX_MACS],
+    /// Something was put into the cache.
+    pub(crate) caching: bool,
+    /// A next hop that is not known stays what it was.
+    pub(crate) keep_hops: bool,
 }
 
 /// What is written where.
@@ -130,16 +141,16 @@ impl Writer {
         Ok((writer, names, header))
     }
 
-    /// Writes a plan and switches to it. With `keep_hops` a next hop that is not known stays what it was.
+    /// Writes a plan and switches to it.
     pub(crate) fn write(
         &mut self,
         maps: &Maps,
         names: &mut Names,
         compiled: &CompiledPlan,
         next_hops: &NextHops,
-        macs: [u64; MAX_MACS],
-        keep_hops: bool,
+        site: Site,
     ) -> Result<(), InstallError> {
+        let Site { macs, caching, keep_hops } = site;
         let plan = &compiled.plan;
         let next = self.active ^ 1;
         // Packets that still read what is overwritten now have ended once this returns.
@@ -168,7 +179,8 @@ impl Writer {
             local_slot: plan.local.0,
             handoff_port_be: plan.handoff.port.to_be_bytes(),
             local_family,
-            reserved: [0; 7],
+            caching: u8::from(caching),
+            reserved: [0; 6],
             macs,
         };
         maps.headers.put(&next, &header).map_err(refused("HEADERS"))?;
@@ -311,6 +323,7 @@ impl Writer {
             maps.failed.delete(&key).map_err(refused("FAILED"))?;
         }
         let mut blocks = Vec::with_capacity(plan.services.len());
+        let mut front = vec![FrontService::EMPTY; FRONT as usize];
         for (index, service) in (0_u32..).zip(&plan.services) {
             let block =
                 self.slots_block(maps, &service.slots, service.unsettled.as_ref(), numbers, &blocks)?;
@@ -329,6 +342,12 @@ impl Writer {
                 replicate_syn: u32::from(service.replicate_syn),
                 resets: u32::from(!service.failed.is_empty()),
             };
+            let word = |at: usize| address[at..].first_chunk().copied().map_or(0, u64::from_ne_bytes);
+            let place = &mut front[front_place(word(0), word(8), key.port_be) as usize];
+            if *place == FrontService::EMPTY {
+                let [port0, port1] = key.port_be;
+                *place = FrontService { address, rest: [port0, port1, key.protocol, key.plan], value };
+            }
             for backend in service.failed.iter().filter_map(|index| numbers.get(index.0 as usize)) {
                 let key = FailedKey { service: index, backend: *backend, plan: next };
                 maps.failed.put(&key, &1).map_err(refused("FAILED"))?;
@@ -340,6 +359,8 @@ impl Writer {
                 self.services[next as usize].push(key);
             }
         }
+        let keys: Vec<u32> = (next * FRONT..).take(front.len()).collect();
+        maps.front_services.put_all(&keys, &front).map_err(refused("FRONT_SERVICES"))?;
         Ok(blocks)
     }
 

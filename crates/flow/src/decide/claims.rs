@@ -2,29 +2,29 @@
 use super::*;
 use crate::packet::{Link, parse, samples};
 
-const OWNER: MemberSlot = MemberSlot(0);
-const BACKUP: MemberSlot = MemberSlot(1);
-const THIRD: MemberSlot = MemberSlot(2);
+pub(super) const OWNER: MemberSlot = MemberSlot(0);
+pub(super) const BACKUP: MemberSlot = MemberSlot(1);
+pub(super) const THIRD: MemberSlot = MemberSlot(2);
 
 /// What the consistent table would give.
 const CONSISTENT: BackendIndex = BackendIndex(7);
 /// Where the flow is: backends have changed since it began.
-const RECORDED: BackendIndex = BackendIndex(3);
+pub(super) const RECORDED: BackendIndex = BackendIndex(3);
 
 /// One member's tables; every member has the same row.
 #[derive(Clone)]
-struct World {
-    local: MemberSlot,
-    suspect: Option<MemberSlot>,
-    flow: Option<FlowEntry>,
-    cached: Option<FlowEntry>,
+pub(super) struct World {
+    pub(super) local: MemberSlot,
+    pub(super) suspect: Option<MemberSlot>,
+    pub(super) flow: Option<FlowEntry>,
+    pub(super) cached: Option<FlowEntry>,
     /// There is no member in the table.
-    alone: bool,
-    failed: Option<BackendIndex>,
+    pub(super) alone: bool,
+    pub(super) failed: Option<BackendIndex>,
 }
 
 impl World {
-    fn of(local: MemberSlot) -> Self {
+    pub(super) fn of(local: MemberSlot) -> Self {
         Self { local, suspect: None, flow: None, cached: None, alone: false, failed: None }
     }
 
@@ -79,7 +79,7 @@ impl Tables for World {
     }
 }
 
-fn recorded() -> Option<FlowEntry> {
+pub(super) fn recorded() -> Option<FlowEntry> {
     let state = FlowState::Established as u8;
     Some(FlowEntry { backend: RECORDED, state, last_seen_ms: 900, last_reported_ms: 900, ..NO_ENTRY })
 }

@@ -1,6 +1,6 @@
 //! The headers that go in front.
 
-use super::{EncapError, LinkHeader, Outer, UdpChecksum, written};
+use super::{ETHERNET, EncapError, LinkHeader, Outer, UdpChecksum, written};
 use crate::checksum;
 use crate::key::{UDP, unmapped};
 use crate::packet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame};
@@ -14,18 +14,18 @@ pub(super) fn ethernet<F: Frame>(frame: &mut F, link: &LinkHeader, family: u8) -
     written(frame.write(0, [d[0], d[1], d[2], d[3], d[4], d[5], s[0], s[1], s[2], s[3], s[4], s[5], e0, e1]))
 }
 
-/// Writes an IP header at `at` for a packet of `total` bytes, this header included.
+/// Writes an Ethernet header and an IP header for a packet of `total` bytes, the IP header included, at the frame's start.
 #[inline(always)]
-pub(super) fn ip<F: Frame>(
+pub(super) fn ethernet_and_ip<F: Frame>(
     frame: &mut F,
-    at: usize,
+    link: &LinkHeader,
     outer: &Outer,
     tos: u8,
     protocol: u8,
     total: u16,
 ) -> Result<(), EncapError> {
     if outer.family == 4 {
-        let header = ipv4(
+        let h = ipv4(
             unmapped(outer.source),
             unmapped(outer.destination),
             tos,
@@ -34,9 +34,20 @@ pub(super) fn ip<F: Frame>(
             total,
             if outer.dont_fragment { None } else { Some(outer.identification) },
         );
-        written(frame.write(at, header))
+        let (d, s) = (link.destination, link.source);
+        let [e0, e1] = ETHERTYPE_IPV4.to_be_bytes();
+        // In one piece: each is compared with the frame's end.
+        written(frame.write(
+            0,
+            [
+                d[0], d[1], d[2], d[3], d[4], d[5], s[0], s[1], s[2], s[3], s[4], s[5], e0, e1, h[0], h[1],
+                h[2], h[3], h[4], h[5], h[6], h[7], h[8], h[9], h[10], h[11], h[12], h[13], h[14], h[15],
+                h[16], h[17], h[18], h[19],
+            ],
+        ))
     } else {
-        let payload = total.wrapping_sub(40);
+        ethernet(frame, link, outer.family)?;
+        let (at, payload) = (ETHERNET, total.wrapping_sub(40));
         written(frame.write(at, ipv6_start(tos, outer.flow_label, payload, protocol, outer.ttl)))?;
         written(frame.write(at.wrapping_add(8), outer.source))?;
         written(frame.write(at.wrapping_add(24), outer.destination))

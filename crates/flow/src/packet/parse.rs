@@ -121,8 +121,26 @@ impl core::error::Error for ParseError {}
 /// Reads `frame`, which starts with `link`.
 #[inline(always)]
 pub fn parse<R: Reader + ?Sized>(frame: &R, link: Link) -> Result<Packet, ParseError> {
+    parse_as::<R, ANY>(frame, link)
+}
+
+/// [`parse`] for most packets of `FAMILY` (4 or 6) alone: whole TCP and UDP over Ethernet, without VLAN tags, IPv4 options and IPv6
+/// extension headers. `None` for others, right or not: only [`parse`] says what they are.
+///
+/// It is the same code with the rest left out, so that a program in the kernel is short where most packets go.
+#[inline(always)]
+pub fn parse_plain<R: Reader + ?Sized, const FAMILY: u8>(frame: &R) -> Option<Packet> {
+    parse_as::<R, FAMILY>(frame, Link::Ethernet).ok()
+}
+
+/// For [`parse_as`]: any packet.
+const ANY: u8 = 0;
+
+/// With [`ANY`] [`parse`], or with a family [`parse_plain`]: then an error may be any.
+#[inline(always)]
+fn parse_as<R: Reader + ?Sized, const PLAIN: u8>(frame: &R, link: Link) -> Result<Packet, ParseError> {
     let (ethertype, l3) = match link {
-        Link::Ethernet => ethernet(frame).map_err(nameless)?,
+        Link::Ethernet => ethernet::<R, PLAIN>(frame).map_err(nameless)?,
         Link::Ip => match frame.read::<1>(0).map(|[first]| first >> 4) {
             Some(4) => (ETHERTYPE_IPV4, 0),
             Some(6) => (ETHERTYPE_IPV6, 0),
@@ -131,8 +149,8 @@ pub fn parse<R: Reader + ?Sized>(frame: &R, link: Link) -> Result<Packet, ParseE
         },
     };
     match ethertype {
-        ETHERTYPE_IPV4 => ipv4(frame, l3),
-        ETHERTYPE_IPV6 => ipv6(frame, l3),
+        ETHERTYPE_IPV4 if PLAIN != 6 => ipv4::<R, PLAIN>(frame, l3),
+        ETHERTYPE_IPV6 if PLAIN != 4 => ipv6::<R, PLAIN>(frame, l3),
         _ => Err(nameless(Reason::NotIp)),
     }
 }
@@ -145,10 +163,13 @@ const fn nameless(reason: Reason) -> ParseError {
 
 /// The innermost ethertype, and where what it names starts.
 #[inline(always)]
-fn ethernet<R: Reader + ?Sized>(frame: &R) -> Result<(u16, usize), Reason> {
+fn ethernet<R: Reader + ?Sized, const PLAIN: u8>(frame: &R) -> Result<(u16, usize), Reason> {
     let Some(header) = frame.read::<14>(0) else { return Err(Reason::EthernetTruncated) };
     let mut ethertype = u16::from_be_bytes([header[12], header[13]]);
     let mut offset = 14usize;
+    if PLAIN != ANY {
+        return Ok((ethertype, offset));
+    }
     for _ in 0..MAX_VLAN_TAGS {
         if !is_vlan(ethertype) {
             break;
@@ -166,7 +187,7 @@ const fn is_vlan(ethertype: u16) -> bool {
 }
 
 #[inline(always)]
-fn ipv4<R: Reader + ?Sized>(frame: &R, l3: usize) -> Result<Packet, ParseError> {
+fn ipv4<R: Reader + ?Sized, const PLAIN: u8>(frame: &R, l3: usize) -> Result<Packet, ParseError> {
     let Some(h) = frame.read::<20>(l3) else { return Err(nameless(Reason::Ipv4Truncated)) };
     if h[0] >> 4 != 4 {
         return Err(nameless(Reason::IpVersion));
@@ -175,7 +196,10 @@ fn ipv4<R: Reader + ?Sized>(frame: &R, l3: usize) -> Result<Packet, ParseError> 
     let destination = mapped([h[16], h[17], h[18], h[19]]);
     let fail = |reason| ParseError { reason, family: 4, destination };
 
-    let header_length = ipv4_header_length(h[0]);
+    if PLAIN != ANY && (h[0] != 0x45 || u16::from_be_bytes([h[6], h[7]]) & 0x3fff != 0) {
+        return Err(nameless(Reason::Ipv4HeaderLength));
+    }
+    let header_length = if PLAIN != ANY { 20 } else { ipv4_header_length(h[0]) };
     let total = u16::from_be_bytes([h[2], h[3]]);
     if header_length < 20 || header_length > total {
         return Err(fail(Reason::Ipv4HeaderLength));
@@ -211,8 +235,10 @@ fn ipv4<R: Reader + ?Sized>(frame: &R, l3: usize) -> Result<Packet, ParseError> 
         tos: h[1],
         dont_fragment: fragment_field & 0x4000 != 0,
     };
-    packet.fragment = fragment(packet.l4_length, header_length, place, more, id).map_err(fail)?;
-    transport(frame, &mut packet, place).map_err(fail)?;
+    if PLAIN == ANY {
+        packet.fragment = fragment(packet.l4_length, header_length, place, more, id).map_err(fail)?;
+    }
+    transport::<R, PLAIN>(frame, &mut packet, place).map_err(fail)?;
     Ok(packet)
 }
 
@@ -236,7 +262,7 @@ const fn fragment(length: u16, before: u16, place: u16, more: bool, id: u32) -> 
 }
 
 #[inline(always)]
-fn ipv6<R: Reader + ?Sized>(frame: &R, l3: usize) -> Result<Packet, ParseError> {
+fn ipv6<R: Reader + ?Sized, const PLAIN: u8>(frame: &R, l3: usize) -> Result<Packet, ParseError> {
     // Two reads, because two addresses and a header at once are too much for the eBPF stack in some callers.
     let Some(h) = frame.read::<8>(l3) else { return Err(nameless(Reason::Ipv6Truncated)) };
     if h[0] >> 4 != 6 {
@@ -257,6 +283,9 @@ fn ipv6<R: Reader + ?Sized>(frame: &R, l3: usize) -> Result<Packet, ParseError> 
     }
     if payload == 0 && h[6] == HOP_BY_HOP {
         return Err(fail(Reason::Ipv6Jumbogram));
+    }
+    if PLAIN != ANY && is_extension(h[6]) {
+        return Err(nameless(Reason::Ipv6ExtensionCount));
     }
     let total = payload.wrapping_add(40);
     let end = l3.wrapping_add(usize::from(total));
@@ -291,7 +320,7 @@ fn ipv6<R: Reader + ?Sized>(frame: &R, l3: usize) -> Result<Packet, ParseError> 
     let before = chain.before_fragment;
     let length = if chain.fragmented { chain.fragment_length } else { l4_length };
     packet.fragment = fragment(length, before, chain.place, chain.more, chain.id).map_err(fail)?;
-    transport(frame, &mut packet, chain.place).map_err(fail)?;
+    transport::<R, PLAIN>(frame, &mut packet, chain.place).map_err(fail)?;
     Ok(packet)
 }
 
@@ -371,7 +400,11 @@ const fn is_extension(next: u8) -> bool {
 
 /// Reads what follows the IP headers and fills in ports and kind; `place` is the fragment's.
 #[inline(always)]
-fn transport<R: Reader + ?Sized>(frame: &R, packet: &mut Packet, place: u16) -> Result<(), Reason> {
+fn transport<R: Reader + ?Sized, const PLAIN: u8>(
+    frame: &R,
+    packet: &mut Packet,
+    place: u16,
+) -> Result<(), Reason> {
     if let Fragment::Later { .. } = packet.fragment {
         packet.kind = PacketKind::LaterFragment;
         // RFC 1858 §4: a second fragment at byte 8 would overwrite the TCP flags of the first.
@@ -380,6 +413,7 @@ fn transport<R: Reader + ?Sized>(frame: &R, packet: &mut Packet, place: u16) -> 
     match (packet.key.protocol, packet.key.family) {
         (TCP, _) => tcp(frame, packet),
         (UDP, _) => udp(frame, packet),
+        _ if PLAIN != ANY => Err(Reason::NotIp),
         (ICMP, 4) | (ICMPV6, 6) => icmp(frame, packet),
         _ => Ok(()),
     }

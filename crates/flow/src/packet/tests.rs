@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::samples::{self, CLIENT_PORT, CLIENT4, CLIENT6, SERVICE_PORT, SERVICE4, SERVICE6, ethernet};
 use super::tcp_flags::{ACK, FIN, RST, SYN};
-use super::{Fragment, Frame, FrameBuf, Link, Packet, PacketKind, Reader, Reason, parse};
+use super::{Fragment, Frame, FrameBuf, Link, Packet, PacketKind, Reader, Reason, parse, parse_plain};
 use crate::key::{FlowKey, ICMP, ICMPV6, TCP, UDP, mapped};
 
 fn key(family: u8, protocol: u8) -> FlowKey {
@@ -388,6 +388,26 @@ fn every_reason_has_a_name_of_its_own() {
     assert_eq!(names.len(), Reason::ALL.len());
 }
 
+#[test]
+fn plain_packets_are_whole_tcp_and_udp_without_anything_between_the_headers() {
+    for family in [4, 6] {
+        let is_plain = |frame: &[u8]| match family {
+            4 => parse_plain::<_, 4>(frame).is_some() && parse_plain::<_, 6>(frame).is_none(),
+            _ => parse_plain::<_, 6>(frame).is_some() && parse_plain::<_, 4>(frame).is_none(),
+        };
+        for packet in
+            [samples::tcp(family, SYN, b""), samples::tcp(family, ACK, b"x"), samples::udp(family, b"x")]
+        {
+            assert!(is_plain(&ethernet(0, &packet)));
+            assert!(!is_plain(&ethernet(1, &packet)), "a VLAN tag");
+        }
+        assert!(!is_plain(&ethernet(0, &samples::ping(family))));
+    }
+    let later = [&samples::udp_header(300)[..], &[1; 64]].concat();
+    assert_eq!(parse_plain::<_, 4>(ethernet(0, &samples::fragment4(0, true, &later)).as_slice()), None);
+    assert_eq!(parse_plain::<_, 6>(ethernet(0, &samples::fragment6(0, true, &later)).as_slice()), None);
+}
+
 /// A good packet of some kind, to be damaged.
 fn any_packet() -> impl Strategy<Value = Vec<u8>> {
     (0..8usize, prop::sample::select(vec![4u8, 6]), prop::collection::vec(any::<u8>(), 0..200)).prop_map(
@@ -453,6 +473,24 @@ proptest! {
         let frame = ethernet(tags, &bytes);
         if let Ok(packet) = parse(frame.as_slice(), Link::Ethernet) {
             consistent(&frame, &packet);
+        }
+    }
+
+    /// And so is everything that the program in the kernel decides in one piece.
+    #[test]
+    fn a_plain_packet_is_read_as_any_is(
+        mut bytes in any_packet(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
+        tags in 0..2usize,
+    ) {
+        for (at, value) in damage {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        let frame = ethernet(tags, &bytes);
+        for packet in [parse_plain::<_, 4>(frame.as_slice()), parse_plain::<_, 6>(frame.as_slice())].into_iter().flatten() {
+            prop_assert_eq!(parse(frame.as_slice(), Link::Ethernet), Ok(packet));
+            prop_assert_eq!((packet.fragment, packet.l3_offset), (Fragment::Whole, 14));
         }
     }
 

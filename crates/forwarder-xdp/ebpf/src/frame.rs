@@ -66,9 +66,9 @@ impl XdpFrame<'_> {
 /// Reads `N` bytes in words: the compiler knows of no alignment and would read them one by one.
 ///
 /// # Safety
-/// They are in the packet, and the verifier knows it.
+/// They are there, in a packet or a map, and the verifier knows it.
 #[inline(always)]
-unsafe fn load<const N: usize>(place: *const [u8; N]) -> [u8; N] {
+pub(crate) unsafe fn load<const N: usize>(place: *const [u8; N]) -> [u8; N] {
     if N >= 40 {
         // Only the daemon's changes of flows are so long.
         // SAFETY: as the caller promises.
@@ -109,6 +109,65 @@ unsafe fn load<const N: usize>(place: *const [u8; N]) -> [u8; N] {
     bytes
 }
 
+/// Bytes of a map's value, in words.
+#[inline(always)]
+pub(crate) fn read<const N: usize>(bytes: &[u8; N]) -> [u8; N] {
+    // SAFETY: it is a reference.
+    unsafe { load(bytes) }
+}
+
+/// Writes `N` bytes in words, as [`load`] reads them.
+///
+/// # Safety
+/// They are in the packet, and the verifier knows it.
+#[inline(always)]
+unsafe fn store<const N: usize>(place: *mut [u8; N], bytes: [u8; N]) {
+    if N >= 64 {
+        // SAFETY: as the caller promises.
+        unsafe { *place = bytes };
+        return;
+    }
+    macro_rules! word {
+        ($type:ty, $write:literal, $at:expr) => {{
+            // SAFETY: within the `N` bytes, as the caller of `store` promises.
+            unsafe {
+                let word = <$type>::from_ne_bytes(bytes.as_ptr().add($at).cast::<[u8; size_of::<$type>()]>().read());
+                asm!($write, in(reg) place, const $at, in(reg) u64::from(word), options(nostack, preserves_flags));
+            }
+        }};
+    }
+    if N >= 8 {
+        word!(u64, "*(u64 *)({0} + {1}) = {2}", 0);
+    }
+    if N >= 16 {
+        word!(u64, "*(u64 *)({0} + {1}) = {2}", 8);
+    }
+    if N >= 24 {
+        word!(u64, "*(u64 *)({0} + {1}) = {2}", 16);
+    }
+    if N >= 32 {
+        word!(u64, "*(u64 *)({0} + {1}) = {2}", 24);
+    }
+    if N >= 40 {
+        word!(u64, "*(u64 *)({0} + {1}) = {2}", 32);
+    }
+    if N >= 48 {
+        word!(u64, "*(u64 *)({0} + {1}) = {2}", 40);
+    }
+    if N & 4 != 0 {
+        word!(u32, "*(u32 *)({0} + {1}) = {2}", const { N / 8 * 8 });
+    }
+    if N & 2 != 0 {
+        word!(u16, "*(u16 *)({0} + {1}) = {2}", const { N / 4 * 4 });
+    }
+    let mut at = N / 2 * 2;
+    while at < N {
+        // SAFETY: as above.
+        unsafe { place.cast::<u8>().add(at).write(*bytes.as_ptr().add(at)) };
+        at += 1;
+    }
+}
+
 impl Reader for XdpFrame<'_> {
     #[inline(always)]
     fn len(&self) -> usize {
@@ -129,7 +188,7 @@ impl Frame for XdpFrame<'_> {
         match self.at::<N>(offset) {
             Some(place) => {
                 // SAFETY: `at` compared it with the end.
-                unsafe { *place = bytes };
+                unsafe { store(place, bytes) };
                 true
             }
             None => false,

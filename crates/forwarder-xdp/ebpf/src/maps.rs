@@ -6,9 +6,11 @@ use phalanx_flow::decide::Decision;
 use phalanx_flow::packet::Packet;
 use phalanx_flow::{FlowEntry, FlowKey, Row};
 
+use crate::tables::words;
+
 use crate::abi::{
-    Backend, CpuCounters, FailedKey, Header, MAX_BACKENDS, MAX_MEMBERS, Member, MemberKey, PLANS, Ports,
-    ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, stage,
+    Backend, CpuCounters, FRONT, FailedKey, FrontService, Header, MAX_BACKENDS, MAX_MEMBERS, Member,
+    MemberKey, PLANS, Ports, ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, stage,
 };
 
 /// Which plan is in force: the one word that switches.
@@ -32,6 +34,9 @@ pub(crate) static BACKENDS: Array<Backend> = Array::with_max_entries(PLANS * MAX
 /// Services and their addresses.
 #[map]
 pub(crate) static SERVICES: HashMap<ServiceKey, ServiceValue> = HashMap::with_max_entries(1024, 0);
+/// In front of it, by plan and place.
+#[map]
+pub(crate) static FRONT_SERVICES: Array<FrontService> = Array::with_max_entries(PLANS * FRONT, 0);
 /// Backends whose flows are reset.
 #[map]
 pub(crate) static FAILED: HashMap<FailedKey, u32> = HashMap::with_max_entries(PLANS * MAX_BACKENDS, 0);
@@ -68,6 +73,31 @@ pub(crate) static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 /// The stages.
 #[map]
 pub(crate) static STAGES: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
+
+impl Work {
+    /// Keeps the packet for the next stage; its key in words.
+    #[inline(always)]
+    pub(crate) fn keep(&mut self, packet: &Packet) {
+        let key = (&raw mut self.packet.key).cast::<u64>();
+        for (place, word) in words(&packet.key).into_iter().enumerate() {
+            // SAFETY: a key is five words.
+            unsafe { key.add(place).write_volatile(word) };
+        }
+        let kept = &mut self.packet;
+        kept.kind = packet.kind;
+        kept.fragment = packet.fragment;
+        kept.tcp_sequence = packet.tcp_sequence;
+        kept.tcp_acknowledgment = packet.tcp_acknowledgment;
+        kept.l3_offset = packet.l3_offset;
+        kept.l3_length = packet.l3_length;
+        kept.l4_offset = packet.l4_offset;
+        kept.l4_length = packet.l4_length;
+        kept.payload_length = packet.payload_length;
+        kept.ttl = packet.ttl;
+        kept.tos = packet.tos;
+        kept.dont_fragment = packet.dont_fragment;
+    }
+}
 
 /// What stages tell each other about one packet.
 #[repr(C)]

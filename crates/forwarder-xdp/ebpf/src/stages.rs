@@ -7,24 +7,28 @@ use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use aya_ebpf::helpers::{bpf_redirect, bpf_xdp_load_bytes};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use phalanx_flow::decide::{Action, DropReason, Outcome, decide_into};
+use phalanx_flow::decide::{Action, DropReason, Outcome, decide_into, hit};
 use phalanx_flow::encap::{
     EncapError, HandOffError, HandOffFlags, HandOffHeader, LinkHeader, OpenError, Outer, echo_reply,
-    encapsulate, hand_off, open, parse_hand_off,
+    encapsulate, hand_off, is_spread, open, parse_hand_off,
 };
-use phalanx_flow::packet::{Fragment, Frame, Link, Packet, PacketKind, Reader, parse};
-use phalanx_flow::{Arrival, FlowEntry, FlowKey, FlowState, MemberId, MemberSlot, Method, Verdict};
+use phalanx_flow::packet::{Fragment, Frame, Link, Packet, PacketKind, Reader, parse, parse_plain};
+use phalanx_flow::{
+    Arrival, BackendIndex, FlowEntry, FlowKey, FlowSeed, FlowState, MemberId, MemberSlot, Method, Verdict,
+    flow_hash,
+};
 
 use crate::abi::{
-    Backend, CpuCounters, DROP_REASONS, EVENT_ECHO, FRAGMENT_LIFE_MS, FibLookup, Header, Hop, MAC_BITS, MAC_GROUP,
-    MAX_BACKENDS, MAX_MACS, MAX_MEMBERS, Member, OUTCOME_COUNTERS, PUNT_BYTES, Ports, Punt, RawEvent, drops, punt, stage,
+    Backend, CpuCounters, DROP_REASONS, EVENT_ECHO, FRAGMENT_LIFE_MS, FibLookup, Header, Hop, MAC_BITS,
+    MAC_GROUP, MAX_BACKENDS, MAX_MACS, MAX_MEMBERS, Member, OUTCOME_COUNTERS, PUNT_BYTES, Ports, Punt,
+    RawEvent, drops, punt, stage,
 };
-use crate::frame::XdpFrame;
+use crate::frame::{XdpFrame, load, read};
 use crate::maps::{
     ACTIVE, BACKENDS, CACHE, COUNTERS, EVENTS, FLOWS, FRAGMENTS, HALF_OPEN, HEADERS, MEMBERS, PUNTS, STAGES,
     WORK, Work,
 };
-use crate::tables::{Place, View, is_service_address};
+use crate::tables::{Place, View, coarse_ms, halves, in_words, is_service_address};
 
 /// Flags of an update: whatever is there.
 const ANY: u64 = 0;
@@ -90,7 +94,7 @@ fn drop(counters: &mut CpuCounters, reason: usize) -> u32 {
 /// The program that is attached: reads the packet.
 #[xdp]
 pub fn phalanx(ctx: XdpContext) -> u32 {
-    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let Some(counters) = counters() else { return XDP_DROP };
     // Before there is a plan the kernel has everything.
     let Some(plan) = ACTIVE.get(0) else { return XDP_PASS };
     let plan = *plan & 1;
@@ -99,21 +103,99 @@ pub fn phalanx(ctx: XdpContext) -> u32 {
     if !is_for_us(&frame, header, counters) {
         return XDP_PASS;
     }
+    match parse_plain::<_, 4>(&frame) {
+        Some(packet) => plain(&ctx, counters, header, plan, packet),
+        None => match start_work(plan) {
+            Some(_) => go(&ctx, stage::V6),
+            None => XDP_DROP,
+        },
+    }
+}
+
+/// The same for IPv6: a program of its own, because both are too much for one stack.
+#[xdp]
+pub fn phalanx_v6(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let plan = work.plan;
+    let Some(header) = header(plan) else { return XDP_DROP };
+    match parse_plain::<_, 6>(&XdpFrame { ctx: &ctx }) {
+        Some(packet) => plain(&ctx, counters, header, plan, packet),
+        None => go(&ctx, stage::PARSE),
+    }
+}
+
+/// What stages tell each other, for a packet from the wire.
+#[inline(always)]
+fn start_work(plan: u32) -> Option<&'static mut Work> {
+    let work = work()?;
     work.plan = plan;
     work.bare = 0;
     work.echo = 0;
-    work.arrival = Arrival::WIRE;
+    // As `Arrival::WIRE`, field by field: the compiler would call a function that writes bytes.
+    work.arrival.hops = 0;
+    work.arrival.bypassed = None;
+    work.arrival.ports = None;
+    Some(work)
+}
+
+/// The way of most packets, in one piece; the others go to their stages. Once for each family, whose number is then no question.
+#[inline(always)]
+fn plain(
+    ctx: &XdpContext,
+    counters: &mut CpuCounters,
+    header: &'static Header,
+    plan: u32,
+    packet: Packet,
+) -> u32 {
+    let packet = &Packet { key: in_words(&packet.key), ..packet };
+    let handed_off = is_handed_off(packet, header);
+    if !handed_off {
+        let view = View::<true>::new(header, plan, coarse_ms(counters));
+        if let Some(index) = hit(packet, &view, view.now_ms)
+            && let Some(backend) = backend(plan, index)
+            && backend.hop.interface != 0
+            && let Some(method) = Method::from_u8(backend.method)
+        {
+            let spread = is_spread(method, backend.family);
+            let hash = if spread { flow_hash(FlowSeed(header.seed), &packet.key) } else { 0 };
+            let port = u16::from_be_bytes(backend.port_be);
+            let (source, destination) = (read(&backend.source), read(&backend.address));
+            let outer = Outer::new(method, backend.family, source, destination, port, hash);
+            let hop = &backend.hop;
+            match encapsulate(&mut XdpFrame { ctx }, packet, &outer, hop.mtu, &link_in_words(hop)) {
+                Ok(()) => {
+                    view.touch();
+                    count(counters, Outcome::Hit);
+                    return leave(ctx, hop);
+                }
+                Err(EncapError::NoRoom) => {
+                    count(counters, Outcome::Hit);
+                    return drop(counters, drops::TRANSMIT);
+                }
+                // Nothing was changed: the long way finds the same, and knows what to do.
+                Err(EncapError::TooBig { .. } | EncapError::TtlExpired) => {}
+            }
+        }
+    }
+    let Some(work) = start_work(plan) else { return XDP_DROP };
+    work.keep(packet);
+    // Two calls, because the kernel makes a plain jump of one whose stage is a constant.
+    if handed_off { go(ctx, stage::OPEN) } else { go(ctx, stage::DECIDE) }
+}
+
+/// Reads packets that are not plain.
+#[xdp]
+pub fn phalanx_parse(ctx: XdpContext) -> u32 {
+    let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
+    let plan = work.plan;
+    let Some(header) = header(plan) else { return XDP_DROP };
+    let frame = XdpFrame { ctx: &ctx };
     match parse(&frame, Link::Ethernet) {
         Ok(packet) => {
-            let to_us = matches!(packet.kind, PacketKind::Datagram)
-                && matches!(packet.fragment, Fragment::Whole)
-                && u16::from_ne_bytes(packet.key.destination_port)
-                    == u16::from_ne_bytes(header.handoff_port_be)
-                && packet.key.family == header.local_family
-                && same(&packet.key.destination, &header.local_address);
-            work.packet = packet;
+            let handed_off = is_handed_off(&packet, header);
+            work.keep(&packet);
             // Two calls, because the kernel makes a plain jump of one whose stage is a constant.
-            if to_us { go(&ctx, stage::OPEN) } else { go(&ctx, stage::DECIDE) }
+            if handed_off { go(&ctx, stage::OPEN) } else { go(&ctx, stage::DECIDE) }
         }
         Err(error) => {
             if error.family != 0 && is_service_address(&error.destination, plan) {
@@ -125,6 +207,16 @@ pub fn phalanx(ctx: XdpContext) -> u32 {
             }
         }
     }
+}
+
+/// Whether the packet is for our end of the hand-off tunnels.
+#[inline(always)]
+fn is_handed_off(packet: &Packet, header: &Header) -> bool {
+    matches!(packet.kind, PacketKind::Datagram)
+        && matches!(packet.fragment, Fragment::Whole)
+        && u16::from_ne_bytes(packet.key.destination_port) == u16::from_ne_bytes(header.handoff_port_be)
+        && packet.key.family == header.local_family
+        && halves(&packet.key.destination) == halves(&read(&header.local_address))
 }
 
 /// Whether the frame was sent to one of our interfaces. A switch that has forgotten a host floods its frames to all, and a port may be
@@ -146,17 +238,6 @@ fn is_for_us(frame: &XdpFrame<'_>, header: &Header, counters: &mut CpuCounters) 
         count(counters, Outcome::Passed);
     }
     false
-}
-
-/// Whether two addresses are the same, without a call.
-#[inline(always)]
-fn same(a: &[u8; 16], b: &[u8; 16]) -> bool {
-    let words = |x: &[u8; 16]| {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *x;
-        (u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([i, j, k, l, m, n, o, p]))
-    };
-    let ((a0, a1), (b0, b1)) = (words(a), words(b));
-    a0 == b0 && a1 == b1
 }
 
 /// Takes a packet out of its hand-off.
@@ -260,8 +341,7 @@ const EMPTY: FlowEntry = FlowEntry {
 pub fn phalanx_decide(ctx: XdpContext) -> u32 {
     let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
     let Some(header) = header(work.plan) else { return XDP_DROP };
-    let view = View::new(header, work.plan);
-    counters.seen_ms = view.now_ms;
+    let view = View::<false>::new(header, work.plan, coarse_ms(counters));
     decide_into(&mut work.decision, &work.packet, &work.arrival, &view);
     commit(counters, work, &view);
     count(counters, work.decision.outcome);
@@ -292,7 +372,7 @@ pub fn phalanx_decide(ctx: XdpContext) -> u32 {
 
 /// Carries the decision out on the tables.
 #[inline(always)]
-fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View) {
+fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View<false>) {
     let decision = &work.decision;
     if decision.learn_fragment
         && let Some(key) = work.packet.fragment_key()
@@ -301,7 +381,7 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View) {
         let value = Ports { until_ms: view.now_ms.wrapping_add(FRAGMENT_LIFE_MS), ports, reserved: [0; 4] };
         let _ = FRAGMENTS.insert(&key, &value, ANY);
     }
-    if decision.erase_cache {
+    if decision.erase_cache && view.header.caching != 0 {
         let _ = CACHE.remove(&decision.key);
     }
     let half_open = decision.entry.state == FlowState::HalfOpen as u8;
@@ -349,8 +429,10 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View) {
                     if (*entry).last_seen_ms != decision.entry.last_seen_ms {
                         (*entry).last_seen_ms = decision.entry.last_seen_ms;
                     }
-                    if decision.event.is_some() {
+                    if (*entry).last_reported_ms != decision.entry.last_reported_ms {
                         (*entry).last_reported_ms = decision.entry.last_reported_ms;
+                    }
+                    if decision.event.is_some() {
                         (*entry).update = decision.entry.update;
                         (*entry).state = decision.entry.state;
                         (*entry).flags = decision.entry.flags;
@@ -402,12 +484,7 @@ unsafe fn copy<T>(to: *mut T, from: &T) {
 pub fn phalanx_forward(ctx: XdpContext) -> u32 {
     let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
     let Verdict::Forward(index) = work.decision.verdict else { return XDP_DROP };
-    if index.0 >= MAX_BACKENDS {
-        return drop(counters, drops::NO_NEXT_HOP);
-    }
-    let Some(backend) = BACKENDS.get(work.plan.wrapping_mul(MAX_BACKENDS).wrapping_add(index.0)) else {
-        return drop(counters, drops::NO_NEXT_HOP);
-    };
+    let Some(backend) = backend(work.plan, index) else { return drop(counters, drops::NO_NEXT_HOP) };
     let mut hop = backend.hop;
     if hop.interface == 0
         && !look_up(&ctx, counters, backend.family, &backend.source, &backend.address, &mut hop)
@@ -514,6 +591,14 @@ fn look_up(
 }
 
 #[inline(always)]
+fn backend(plan: u32, index: BackendIndex) -> Option<&'static Backend> {
+    if index.0 >= MAX_BACKENDS {
+        return None;
+    }
+    BACKENDS.get(plan.wrapping_mul(MAX_BACKENDS).wrapping_add(index.0))
+}
+
+#[inline(always)]
 fn member(plan: u32, slot: MemberSlot) -> Option<&'static Member> {
     let slot = u32::from(slot.0);
     if slot >= MAX_MEMBERS {
@@ -527,6 +612,26 @@ fn link(hop: &Hop) -> LinkHeader {
     LinkHeader { source: hop.source_mac, destination: hop.destination_mac }
 }
 
+/// The same of a hop in a map.
+#[inline(always)]
+fn link_in_words(hop: &'static Hop) -> LinkHeader {
+    let macs = (&raw const hop.destination_mac).cast::<[u8; 12]>();
+    // SAFETY: the source's address follows the destination's.
+    let [a, b, c, d, e, f, g, h, i, j, k, l] = unsafe { load(macs) };
+    LinkHeader { destination: [a, b, c, d, e, f], source: [g, h, i, j, k, l] }
+}
+
+/// Sends the frame on the hop's interface.
+#[inline(always)]
+fn leave(ctx: &XdpContext, hop: &Hop) -> u32 {
+    if hop.interface == ctx.ingress_ifindex() as u32 {
+        return XDP_TX;
+    }
+    // SAFETY: plain numbers.
+    let _ = unsafe { bpf_redirect(hop.interface, 0) };
+    XDP_REDIRECT
+}
+
 /// What becomes of a frame that was wrapped.
 #[inline(always)]
 fn sent(
@@ -537,12 +642,7 @@ fn sent(
     wrapped: Result<(), EncapError>,
 ) -> u32 {
     match wrapped {
-        Ok(()) if hop.interface == ctx.ingress_ifindex() as u32 => XDP_TX,
-        Ok(()) => {
-            // SAFETY: plain numbers.
-            let _ = unsafe { bpf_redirect(hop.interface, 0) };
-            XDP_REDIRECT
-        }
+        Ok(()) => leave(ctx, hop),
         Err(EncapError::TooBig { .. }) => {
             work.why = punt::TOO_BIG;
             go(ctx, stage::PUNT)

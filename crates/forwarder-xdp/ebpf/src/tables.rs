@@ -1,18 +1,22 @@
 //! What `decide` reads, out of the maps.
 
+use core::arch::asm;
 use core::cell::Cell;
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use phalanx_flow::decide::{Choice, Local, Service, ServiceMatch, Tables};
 use phalanx_flow::hash::RowFunction;
 use phalanx_flow::member::Liveness;
 use phalanx_flow::{BackendIndex, FlowEntry, FlowKey, FlowSeed, MemberId, MemberSlot, Row};
 
 use crate::abi::{
-    CRC8_ROWS, FailedKey, Header, MAX_MEMBERS, MemberKey, NO_BLOCK, ROWS, SLOTS, ServiceKey, UNSETTLED,
+    CRC8_ROWS, CpuCounters, FRONT, FailedKey, Header, MAX_MEMBERS, MemberKey, NO_BLOCK, ROWS, SLOTS,
+    ServiceKey, ServiceValue, UNSETTLED, front_place,
 };
+use crate::frame::read;
 use crate::maps::{
-    CACHE, FAILED, FLOWS, FRAGMENTS, HALF_OPEN, LEASE, MEMBER_SLOTS, MEMBERS, ROW_TABLE, SERVICES, SLOT_TABLE,
+    CACHE, FAILED, FLOWS, FRAGMENTS, FRONT_SERVICES, HALF_OPEN, LEASE, MEMBER_SLOTS, MEMBERS, ROW_TABLE,
+    SERVICES, SLOT_TABLE,
 };
 
 /// Where an entry was found.
@@ -24,8 +28,8 @@ pub(crate) enum Place {
     Cache,
 }
 
-/// The maps as one packet sees them.
-pub(crate) struct View {
+/// The maps as one packet sees them. With `FAST` the flow table is that of flows which are not half-open, for the way of most packets.
+pub(crate) struct View<const FAST: bool> {
     pub(crate) header: &'static Header,
     pub(crate) plan: u32,
     pub(crate) now_ms: u64,
@@ -35,24 +39,107 @@ pub(crate) struct View {
     pub(crate) place: Cell<Place>,
 }
 
-/// Milliseconds of the program's clock, `CLOCK_MONOTONIC_COARSE`: as fine as a tick, and much cheaper than the exact one.
+/// Where a map's key stands. A key is put together in words: for bytes the compiler would call functions, and read what is in
+/// registers from memory.
+#[repr(C, align(8))]
+struct Aligned<T>(T);
+
+/// The words of a flow's key.
 #[inline(always)]
-pub(crate) fn now_ms() -> u64 {
-    // SAFETY: no arguments.
-    unsafe { bpf_ktime_get_coarse_ns() / 1_000_000 }
+pub(crate) fn words(key: &FlowKey) -> [u64; 5] {
+    let [s0, s1] = key.source_port;
+    let [d0, d1] = key.destination_port;
+    let (a, b) = halves(&key.source);
+    let (c, d) = halves(&key.destination);
+    [a, b, c, d, u64::from_ne_bytes([s0, s1, d0, d1, key.protocol, key.family, 0, 0])]
 }
 
-impl View {
+/// The same key in five registers. The compiler takes it apart into bytes, and would keep each in a place of its own on the stack.
+#[inline(always)]
+pub(crate) fn in_words(key: &FlowKey) -> FlowKey {
+    let [a, b, c, d, e] = words(key).map(|word| {
+        let mut word = word;
+        // SAFETY: no instruction; the compiler does not know that it is the same number.
+        unsafe { asm!("/* {0} */", inout(reg) word, options(pure, nomem, nostack, preserves_flags)) };
+        word
+    });
+    let [s0, s1, d0, d1, protocol, ..] = e.to_ne_bytes();
+    FlowKey {
+        source: join(a, b),
+        destination: join(c, d),
+        source_port: [s0, s1],
+        destination_port: [d0, d1],
+        protocol,
+        // What the compiler knows of it is worth more.
+        family: key.family,
+        reserved: [0; 2],
+    }
+}
+
+/// An address of its two words.
+#[inline(always)]
+fn join(first: u64, second: u64) -> [u8; 16] {
+    let [a, b, c, d, e, f, g, h] = first.to_ne_bytes();
+    let [i, j, k, l, m, n, o, p] = second.to_ne_bytes();
+    [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
+}
+
+/// The two words of an address.
+#[inline(always)]
+pub(crate) fn halves(address: &[u8; 16]) -> (u64, u64) {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *address;
+    (u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([i, j, k, l, m, n, o, p]))
+}
+
+/// Milliseconds of the program's clock, `CLOCK_MONOTONIC_COARSE`: as fine as a tick. It is read once a tick of each CPU, because
+/// reading and dividing it costs more than finding out that there was none; so it may be two ticks old.
+#[inline(always)]
+pub(crate) fn coarse_ms(counters: &mut CpuCounters) -> u64 {
+    // SAFETY: no arguments.
+    let tick = unsafe { bpf_jiffies64() };
+    if counters.tick != tick {
+        counters.tick = tick;
+        // SAFETY: no arguments.
+        counters.tick_ms = unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000;
+    }
+    counters.tick_ms
+}
+
+impl<const FAST: bool> View<FAST> {
     #[inline(always)]
-    pub(crate) fn new(header: &'static Header, plan: u32) -> Self {
+    pub(crate) fn new(header: &'static Header, plan: u32, now_ms: u64) -> Self {
         Self {
             header,
             plan,
-            now_ms: now_ms(),
+            now_ms,
             block: Cell::new(NO_BLOCK),
             found: Cell::new(None),
             place: Cell::new(Place::Nowhere),
         }
+    }
+
+    /// The flow that was found was seen now. Written only if the clock has moved: other CPUs may have the line.
+    #[inline(always)]
+    pub(crate) fn touch(&self) {
+        if let Some(entry) = self.found.get() {
+            // SAFETY: the verifier knows where it points.
+            unsafe {
+                if (*entry).last_seen_ms != self.now_ms {
+                    (*entry).last_seen_ms = self.now_ms;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn found_service(&self, value: &ServiceValue) -> ServiceMatch {
+        self.block.set(value.block);
+        ServiceMatch::Service(Service {
+            index: value.index,
+            idle_ms: value.idle_ms,
+            replicate_syn: value.replicate_syn != 0,
+            resets: value.resets != 0,
+        })
     }
 
     #[inline(always)]
@@ -71,7 +158,7 @@ pub(crate) fn is_service_address(address: &[u8; 16], plan: u32) -> bool {
     SERVICES.get_ptr(&key).is_some()
 }
 
-impl Tables for View {
+impl<const FAST: bool> Tables for View<FAST> {
     #[inline(always)]
     fn local(&self) -> Local {
         let until_ms = LEASE.get(0).copied().unwrap_or(0);
@@ -85,25 +172,25 @@ impl Tables for View {
 
     #[inline(always)]
     fn service(&self, key: &FlowKey) -> ServiceMatch {
-        let service = ServiceKey {
-            address: key.destination,
-            port_be: key.destination_port,
-            protocol: key.protocol,
-            plan: self.plan as u8,
-        };
-        // SAFETY: entries of the plan in force are not changed.
-        if let Some(value) = unsafe { SERVICES.get(&service) }
+        // On the long way the key is in a map.
+        let (a, b) = halves(&if FAST { key.destination } else { read(&key.destination) });
+        let [p0, p1] = key.destination_port;
+        let rest = [p0, p1, key.protocol, self.plan as u8];
+        let place = self.plan.wrapping_mul(FRONT).wrapping_add(front_place(a, b, key.destination_port));
+        if let Some(front) = FRONT_SERVICES.get(place)
+            && halves(&read(&front.address)) == (a, b)
+            && u32::from_ne_bytes(read(&front.rest)) == u32::from_ne_bytes(rest)
+        {
+            return self.found_service(&front.value);
+        }
+        let service = Aligned([a, b, u64::from(u32::from_ne_bytes(rest))]);
+        // SAFETY: entries of the plan in force are not changed; the words begin as a `ServiceKey`.
+        if let Some(value) = unsafe { SERVICES.get(&*(&raw const service).cast::<ServiceKey>()) }
             && value.block != NO_BLOCK
         {
-            self.block.set(value.block);
-            return ServiceMatch::Service(Service {
-                index: value.index,
-                idle_ms: value.idle_ms,
-                replicate_syn: value.replicate_syn != 0,
-                resets: value.resets != 0,
-            });
+            return self.found_service(value);
         }
-        if is_service_address(&key.destination, self.plan) {
+        if !FAST && is_service_address(&key.destination, self.plan) {
             ServiceMatch::AddressOnly
         } else {
             ServiceMatch::Foreign
@@ -155,11 +242,20 @@ impl Tables for View {
 
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<FlowEntry> {
+        let aligned;
+        let key = if FAST {
+            aligned = Aligned(words(key));
+            // SAFETY: as many bytes as a key has.
+            unsafe { &*(&raw const aligned).cast::<FlowKey>() }
+        } else {
+            key
+        };
         let found = match FLOWS.get_ptr_mut(key) {
             Some(found) => {
                 self.place.set(Place::Flows);
                 found
             }
+            None if FAST => return None,
             None => {
                 let found = HALF_OPEN.get_ptr_mut(key)?;
                 self.place.set(Place::HalfOpen);
@@ -173,6 +269,9 @@ impl Tables for View {
 
     #[inline(always)]
     fn cached(&self, key: &FlowKey) -> Option<FlowEntry> {
+        if self.header.caching == 0 {
+            return None;
+        }
         let found = CACHE.get_ptr_mut(key)?;
         self.place.set(Place::Cache);
         self.found.set(Some(found));

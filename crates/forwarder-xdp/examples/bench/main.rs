@@ -118,12 +118,16 @@ const CASES: &[Case] = &[
 ];
 
 fn main() -> Result<()> {
-    let (mut rounds, mut json) = (ROUNDS, false);
-    for argument in std::env::args().skip(1) {
+    let (mut rounds, mut json, mut object) = (ROUNDS, false, None);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--json" => json = true,
+            "--object" => object = Some(arguments.next().ok_or("--object needs a path")?.into()),
             number => {
-                rounds = number.parse().map_err(|_| format!("a number of rounds or --json, not {number}"))?
+                rounds = number
+                    .parse()
+                    .map_err(|_| format!("a number of rounds, --json or --object PATH, not {number}"))?
             }
         }
     }
@@ -134,7 +138,7 @@ fn main() -> Result<()> {
                 .into(),
         );
     }
-    let mut site = Site::build()?;
+    let mut site = Site::build(object)?;
     let mut report = Report::new(CASES);
     for round in 0..rounds {
         let mut measured = vec![0.0; CASES.len()];

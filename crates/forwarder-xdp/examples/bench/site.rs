@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap as BpfHashMap, MapData, PerCpuArray, PerCpuValues, ProgramArray};
@@ -87,7 +88,7 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    pub(crate) fn build() -> Result<Self> {
+    pub(crate) fn build(object: Option<PathBuf>) -> Result<Self> {
         // SAFETY: unshare changes only the calling thread's namespaces.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
             return Err(std::io::Error::last_os_error().into());
@@ -113,7 +114,7 @@ impl Site {
         let mut forwarders = HashMap::new();
         for (place, subject) in SUBJECTS.into_iter().enumerate() {
             if reference(subject).is_none() {
-                forwarders.insert(subject, forwarder(subject, pairs[place].1)?);
+                forwarders.insert(subject, forwarder(subject, pairs[place].1, object.clone())?);
             }
         }
         let mut targets = ProgramArray::try_from(take(&mut ebpf, "TARGETS")?)?;
@@ -282,7 +283,7 @@ fn fill_minimal(flows: &mut BpfHashMap<MapData, Key, Value>) -> Result<()> {
     Ok(())
 }
 
-fn forwarder(subject: Subject, interface: u32) -> Result<XdpForwarder> {
+fn forwarder(subject: Subject, interface: u32, object: Option<PathBuf>) -> Result<XdpForwarder> {
     let few = TableLimits { flows: FEW as usize * 2, half_open: 1024, cached: 1024 };
     let (plan, limits, flows) = match subject {
         Subject::Owner => (plan(4, true), TableLimits::default(), MANY),
@@ -296,7 +297,7 @@ fn forwarder(subject: Subject, interface: u32) -> Result<XdpForwarder> {
         limits,
         data_address: plan.members[0].address,
         pins: None,
-        object: None,
+        object,
     };
     let mut hops = World::default().next_hops(interface);
     hops.members.resize(plan.members.len(), hops.members[0]);

@@ -1,0 +1,83 @@
+//! The way of most packets, beside the whole decision.
+
+use std::vec::Vec;
+
+use super::claims::{BACKUP, OWNER, RECORDED, THIRD, World, recorded};
+use super::*;
+use crate::packet::{Link, parse, samples};
+
+/// Segments of all flags, with and without payload, and datagrams.
+fn packets() -> Vec<Packet> {
+    let mut bytes = Vec::new();
+    for family in [4, 6] {
+        for flags in 0..=u8::MAX {
+            bytes.push(samples::tcp(family, flags, b"data"));
+            bytes.push(samples::tcp(family, flags, b""));
+        }
+        bytes.push(samples::udp(family, b"data"));
+        bytes.push(samples::ping(family));
+    }
+    bytes.iter().filter_map(|bytes| parse(bytes.as_slice(), Link::Ip).ok()).collect()
+}
+
+#[test]
+fn what_is_a_hit_the_whole_decision_says_too_with_nothing_besides() {
+    let mut hits = 0;
+    for local in [OWNER, BACKUP, THIRD] {
+        for state in [FlowState::HalfOpen, FlowState::Established, FlowState::Closing, FlowState::Reset] {
+            // A quarter of the idle timeout is 15 s.
+            for reported_ms in [1_000_u64, 1_000_u64.wrapping_sub(15_000), 1_000_u64.wrapping_sub(15_001)] {
+                for failed in [None, Some(RECORDED)] {
+                    let flow = recorded().map(|entry| FlowEntry {
+                        state: state as u8,
+                        last_reported_ms: reported_ms,
+                        ..entry
+                    });
+                    let world = World { flow, failed, ..World::of(local) };
+                    for packet in packets() {
+                        let Some(backend) = hit(&packet, &world, world.local().now_ms) else { continue };
+                        hits += 1;
+                        let decision = decide(&packet, &Arrival::WIRE, &world);
+                        let seen = FlowEntry { last_seen_ms: world.local().now_ms, ..flow.unwrap() };
+                        let told = (decision.verdict, decision.outcome, decision.action, decision.entry);
+                        let expected = (Verdict::Forward(backend), Outcome::Hit, Action::Update, seen);
+                        assert_eq!(told, expected, "{state:?} {packet:?}");
+                        let besides = (decision.event, decision.erase_cache, decision.learn_fragment);
+                        assert_eq!(besides, (None, false, false), "{state:?} {packet:?}");
+                    }
+                }
+            }
+        }
+    }
+    assert!(hits > 1_000, "{hits}");
+}
+
+#[test]
+fn data_of_an_established_connection_is_a_hit_and_whatever_changes_it_is_none() {
+    let world = World { flow: recorded(), ..World::of(OWNER) };
+    let hit = |flags, world: &World| {
+        let packet = parse(samples::tcp(4, flags, b"data").as_slice(), Link::Ip).unwrap();
+        hit(&packet, world, world.local().now_ms)
+    };
+    assert_eq!(hit(tcp_flags::ACK, &world), Some(RECORDED));
+    for flags in [tcp_flags::SYN, tcp_flags::ACK | tcp_flags::FIN, tcp_flags::RST] {
+        assert_eq!(hit(flags, &world), None, "{flags}");
+    }
+    let half_open = recorded().map(|entry| FlowEntry { state: FlowState::HalfOpen as u8, ..entry });
+    assert_eq!(hit(tcp_flags::ACK, &World { flow: half_open, ..World::of(OWNER) }), None);
+    assert_eq!(hit(tcp_flags::ACK, &World { failed: Some(RECORDED), ..world.clone() }), None);
+    assert_eq!(hit(tcp_flags::ACK, &World::of(OWNER)), None);
+}
+
+#[test]
+fn the_owner_brings_the_time_up_to_date_that_others_report_and_tells_nobody() {
+    let flow =
+        recorded().map(|entry| FlowEntry { last_reported_ms: 1_000_u64.wrapping_sub(15_001), ..entry });
+    let packet = parse(samples::tcp(4, tcp_flags::ACK, b"data").as_slice(), Link::Ip).unwrap();
+    for (local, event) in [(OWNER, None), (BACKUP, Some(FlowEventKind::Touched))] {
+        let world = World { flow, ..World::of(local) };
+        assert_eq!(hit(&packet, &world, world.local().now_ms), None);
+        let decision = decide(&packet, &Arrival::WIRE, &world);
+        assert_eq!((decision.entry.last_reported_ms, decision.event), (1_000, event));
+    }
+}

@@ -458,10 +458,16 @@ pub fn decide_into<T: Tables>(decision: &mut Decision, packet: &Packet, arrival:
 /// The way of most packets: an established flow of the flow table, whose packet changes nothing but when it was last seen.
 ///
 /// What [`decide`] says of a packet from the wire, wherever this is not `None`: a verdict to forward to this backend, the outcome
-/// [`Outcome::Hit`], [`Action::Update`] with `last_seen_ms` of now, and nothing else. It is made of the same pieces, and reads neither
-/// rows nor lease. `None` says nothing.
+/// [`Outcome::Hit`], [`Action::Update`] with `last_seen_ms` of now, and nothing else. It is made of the same pieces, reads a row
+/// only when [`Hit::is_known_to_owner`], and no lease. `None` says nothing.
 #[inline(always)]
-pub fn hit<T: Tables>(packet: &Packet, tables: &T, now_ms: u64) -> Option<BackendIndex> {
+pub fn hit<T: Tables>(
+    packet: &Packet,
+    tables: &T,
+    local: MemberSlot,
+    seed: FlowSeed,
+    now_ms: u64,
+) -> Option<Hit> {
     if !matches!(packet.kind, PacketKind::Tcp { .. } | PacketKind::Datagram)
         || !matches!(packet.fragment, Fragment::Whole)
     {
@@ -474,10 +480,26 @@ pub fn hit<T: Tables>(packet: &Packet, tables: &T, now_ms: u64) -> Option<Backen
         return None;
     }
     let (entry, changed) = advance(entry, packet, false);
-    if changed || is_unreported(&entry, &service, now_ms) {
+    if changed {
         return None;
     }
-    Some(entry.backend)
+    let is_known_to_owner = is_unreported(&entry, &service, now_ms);
+    if is_known_to_owner {
+        let row = tables.row(tables.row_of(&packet.key, flow_hash(seed, &packet.key)));
+        if row.owner() != local {
+            return None;
+        }
+    }
+    Some(Hit { backend: entry.backend, is_known_to_owner })
+}
+
+/// What [`hit`] says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hit {
+    /// To whom.
+    pub backend: BackendIndex,
+    /// It was time to report that the flow lives, and we are its owner: `last_reported_ms` is now, too.
+    pub is_known_to_owner: bool,
 }
 
 /// All fragments of a packet meet at the owner of row hash(src, dst, protocol, id), who learns the ports from the first one.

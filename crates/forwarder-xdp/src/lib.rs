@@ -99,6 +99,8 @@ pub struct XdpForwarder {
     macs: Arc<Mutex<OwnMacs>>,
     /// Whether anything was put into the cache, now or by an earlier process: the program does without looking while it is empty.
     caching: AtomicBool,
+    /// A plan of ours is in force, and no adopted one.
+    installed: AtomicBool,
     events: Mutex<Events>,
     echoes: Mutex<Vec<u64>>,
     scan: Mutex<Scan>,
@@ -295,6 +297,7 @@ impl XdpForwarder {
             writer: Mutex::new(writer),
             macs,
             caching: AtomicBool::new(caching),
+            installed: AtomicBool::new(adopted.is_none()),
             events: Mutex::new(Events { ring: events, waiting: VecDeque::new() }),
             echoes: Mutex::default(),
             scan: Mutex::default(),
@@ -504,6 +507,7 @@ impl Forwarder for XdpForwarder {
             return Err(InstallError::Inconsistent(format!("more than {} members", abi::MAX_MEMBERS)));
         }
         self.engine.install(plan)?;
+        self.installed.store(true, Ordering::Relaxed);
         self.write()
     }
 
@@ -571,12 +575,17 @@ impl Forwarder for XdpForwarder {
     }
 
     fn upsert_cache(&self, records: &[Record]) {
-        if !self.caching.swap(true, Ordering::Relaxed)
-            && let Err(error) = self.write()
-        {
-            tracing::error!(%error, "the kernel was not told that there is a cache");
-            self.caching.store(false, Ordering::Relaxed);
-            return;
+        if !self.caching.load(Ordering::Relaxed) {
+            if !self.installed.load(Ordering::Relaxed) {
+                // An adopted plan, which says that there is no cache, stays in force until the first of our own.
+                return;
+            }
+            self.caching.store(true, Ordering::Relaxed);
+            if let Err(error) = self.write() {
+                tracing::error!(%error, "the kernel was not told that there is a cache");
+                self.caching.store(false, Ordering::Relaxed);
+                return;
+            }
         }
         let now_ms = now_ms();
         let names = self.names.read().unwrap_or_else(PoisonError::into_inner);

@@ -20,6 +20,12 @@ fn packets() -> Vec<Packet> {
     bytes.iter().filter_map(|bytes| parse(bytes.as_slice(), Link::Ip).ok()).collect()
 }
 
+/// [`hit`] as the world's member calls it.
+fn whole(packet: &Packet, world: &World) -> Option<Hit> {
+    let local = world.local();
+    hit(packet, world, local.slot, local.seed, local.now_ms)
+}
+
 #[test]
 fn what_is_a_hit_the_whole_decision_says_too_with_nothing_besides() {
     let mut hits = 0;
@@ -35,12 +41,17 @@ fn what_is_a_hit_the_whole_decision_says_too_with_nothing_besides() {
                     });
                     let world = World { flow, failed, ..World::of(local) };
                     for packet in packets() {
-                        let Some(backend) = hit(&packet, &world, world.local().now_ms) else { continue };
+                        let Some(found) = whole(&packet, &world) else { continue };
                         hits += 1;
                         let decision = decide(&packet, &Arrival::WIRE, &world);
-                        let seen = FlowEntry { last_seen_ms: world.local().now_ms, ..flow.unwrap() };
+                        let seen = FlowEntry { last_seen_ms: 1_000, ..flow.unwrap() };
+                        let seen = if found.is_known_to_owner {
+                            FlowEntry { last_reported_ms: 1_000, ..seen }
+                        } else {
+                            seen
+                        };
                         let told = (decision.verdict, decision.outcome, decision.action, decision.entry);
-                        let expected = (Verdict::Forward(backend), Outcome::Hit, Action::Update, seen);
+                        let expected = (Verdict::Forward(found.backend), Outcome::Hit, Action::Update, seen);
                         assert_eq!(told, expected, "{state:?} {packet:?}");
                         let besides = (decision.event, decision.erase_cache, decision.learn_fragment);
                         assert_eq!(besides, (None, false, false), "{state:?} {packet:?}");
@@ -57,7 +68,7 @@ fn data_of_an_established_connection_is_a_hit_and_whatever_changes_it_is_none() 
     let world = World { flow: recorded(), ..World::of(OWNER) };
     let hit = |flags, world: &World| {
         let packet = parse(samples::tcp(4, flags, b"data").as_slice(), Link::Ip).unwrap();
-        hit(&packet, world, world.local().now_ms)
+        whole(&packet, world).map(|found| found.backend)
     };
     assert_eq!(hit(tcp_flags::ACK, &world), Some(RECORDED));
     for flags in [tcp_flags::SYN, tcp_flags::ACK | tcp_flags::FIN, tcp_flags::RST] {
@@ -76,7 +87,8 @@ fn the_owner_brings_the_time_up_to_date_that_others_report_and_tells_nobody() {
     let packet = parse(samples::tcp(4, tcp_flags::ACK, b"data").as_slice(), Link::Ip).unwrap();
     for (local, event) in [(OWNER, None), (BACKUP, Some(FlowEventKind::Touched))] {
         let world = World { flow, ..World::of(local) };
-        assert_eq!(hit(&packet, &world, world.local().now_ms), None);
+        let owner = Hit { backend: RECORDED, is_known_to_owner: true };
+        assert_eq!(whole(&packet, &world), (local == OWNER).then_some(owner));
         let decision = decide(&packet, &Arrival::WIRE, &world);
         assert_eq!((decision.entry.last_reported_ms, decision.event), (1_000, event));
     }

@@ -151,20 +151,21 @@ fn plain(
     let handed_off = is_handed_off(packet, header);
     if !handed_off {
         let view = View::<true>::new(header, plan, coarse_ms(counters));
-        if let Some(index) = hit(packet, &view, view.now_ms)
-            && let Some(backend) = backend(plan, index)
+        let (local, seed) = (MemberSlot(header.local_slot), FlowSeed(header.seed));
+        if let Some(found) = hit(packet, &view, local, seed, view.now_ms)
+            && let Some(backend) = backend(plan, found.backend)
             && backend.hop.interface != 0
             && let Some(method) = Method::from_u8(backend.method)
         {
             let spread = is_spread(method, backend.family);
-            let hash = if spread { flow_hash(FlowSeed(header.seed), &packet.key) } else { 0 };
+            let hash = if spread { flow_hash(seed, &packet.key) } else { 0 };
             let port = u16::from_be_bytes(backend.port_be);
             let (source, destination) = (read(&backend.source), read(&backend.address));
             let outer = Outer::new(method, backend.family, source, destination, port, hash);
             let hop = &backend.hop;
             match encapsulate(&mut XdpFrame { ctx }, packet, &outer, hop.mtu, &link_in_words(hop)) {
                 Ok(()) => {
-                    view.touch();
+                    view.touch(found.is_known_to_owner);
                     count(counters, Outcome::Hit);
                     return leave(ctx, hop);
                 }

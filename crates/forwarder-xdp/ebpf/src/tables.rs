@@ -120,12 +120,15 @@ impl<const FAST: bool> View<FAST> {
 
     /// The flow that was found was seen now. Written only if the clock has moved: other CPUs may have the line.
     #[inline(always)]
-    pub(crate) fn touch(&self) {
+    pub(crate) fn touch(&self, reported: bool) {
         if let Some(entry) = self.found.get() {
             // SAFETY: the verifier knows where it points.
             unsafe {
                 if (*entry).last_seen_ms != self.now_ms {
                     (*entry).last_seen_ms = self.now_ms;
+                }
+                if reported {
+                    (*entry).last_reported_ms = self.now_ms;
                 }
             }
         }

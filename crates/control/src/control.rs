@@ -17,7 +17,7 @@ use phalanx_rebalancer::{
 
 use crate::change::{Consequence, Happening, Phase};
 use crate::lost::Traffic;
-use crate::planner::{Destinations, Planner, Service, TableChange};
+use crate::planner::{Destinations, Planner, Service, TableChange, TableRanking};
 
 mod repair;
 
@@ -414,6 +414,7 @@ impl Control {
 
     /// A table has come into force: sends what it moves, unless that was done ahead, and opens the handover window.
     fn switch(&mut self, change: &TableChange, now: Instant) {
+        self.count_from_now(change);
         if !change.was_planned {
             self.send_tables(change, now);
         }
@@ -433,8 +434,23 @@ impl Control {
         self.sweep_at = Some(now + SWEEP_AFTER);
     }
 
-    /// Flows that we own from now on and that were sent ahead: whoever sent them to us has sent them to our backup, or is it. The next
-    /// comparison finds those it refused.
+    /// Who owns a row is the only one to know when its flows were last seen, however it goes: where the owner is another, their time
+    /// begins anew. Who is lost may have forwarded any flow, by its table or its cache, and told nobody: then the time of all does.
+    fn count_from_now(&self, change: &TableChange) {
+        let lost = change.old.table.members().iter().any(|member| !change.survivors.keeps_state(member.id));
+        let other_owner = |row: &u32| lost || change.old.holders(*row)[0] != change.new.holders(*row)[0];
+        let rows = RowSet::from_rows((0..change.new.row_count()).filter(other_owner));
+        let mut flows = Vec::new();
+        self.forwarder.visit(&rows, &mut |record| {
+            if matches!(record.state, FlowState::Established | FlowState::Closing) {
+                flows.push((record.key, 0));
+            }
+        });
+        self.forwarder.touch(&flows);
+    }
+
+    /// Flows that we own from now on and that were sent ahead: whoever sent them to us has sent them to our backup, or is it. The same if
+    /// our backup held the row before, as we did. The next comparison finds those it refused.
     fn protect_what_came_ahead(&self, change: &TableChange) {
         let local = Some(self.settings.local);
         let came_ahead = |row| {
@@ -443,7 +459,12 @@ impl Control {
         };
         let rows = (0..change.new.row_count()).filter(|&row| {
             let holders = change.new.holders(row);
-            holders[0] == local && holders != change.old.holders(row) && came_ahead(row)
+            let old = change.old.holders(row);
+            let has_held =
+                |backup: MemberId| old.contains(&Some(backup)) && change.survivors.keeps_state(backup);
+            holders[0] == local
+                && holders != old
+                && (came_ahead(row) || old.contains(&local) && holders[1].is_some_and(has_held))
         });
         let rows = RowSet::from_rows(rows);
         let mut ahead = Vec::new();
@@ -558,6 +579,15 @@ impl Control {
         former.len()
     }
 
+    /// Whether any table that counts gives us the flow.
+    fn is_ours(&self, key: &FlowKey) -> bool {
+        let local = Some(self.settings.local);
+        let gives = |table: Arc<TableRanking>| table.holders(table.row_of(key)).contains(&local);
+        gives(self.planner.current())
+            || self.planner.pending().is_some_and(gives)
+            || self.planner.previous().any(gives)
+    }
+
     fn everybody_switched(&self) -> bool {
         self.view
             .members
@@ -649,7 +679,7 @@ impl Control {
             let mut idle = true;
             while let Some(batch) = self.replicator.poll_apply() {
                 idle = false;
-                let results = self.apply(&batch);
+                let results = self.apply(now, &batch);
                 self.replicator.handle_applied(now, batch.id, &results);
             }
             while let Some(lookup) = self.replicator.poll_lookup() {
@@ -673,7 +703,7 @@ impl Control {
             ReplicationEvent::AllDone => self.transferring = false,
             ReplicationEvent::Digests { from, digests } => return self.handle_digests(from, digests),
             ReplicationEvent::Differing { from, round, rows } => {
-                return self.handle_differing(from, round, rows);
+                return self.handle_differing(now, from, round, rows);
             }
             ReplicationEvent::Overflow { peer } => {
                 let mut records = Vec::new();
@@ -695,7 +725,7 @@ impl Control {
         self.events.push_back(Event::Replication(event));
     }
 
-    fn apply(&mut self, batch: &ApplyBatch) -> Vec<ApplyResult> {
+    fn apply(&mut self, now: Instant, batch: &ApplyBatch) -> Vec<ApplyResult> {
         let mut results = Vec::with_capacity(batch.items.len());
         let mut upserts: Vec<Record> = Vec::new();
         for item in &batch.items {
@@ -703,15 +733,15 @@ impl Control {
                 upserts.push(*record);
                 continue;
             }
-            self.upsert(&mut upserts, &mut results);
+            self.upsert(now, &mut upserts, &mut results);
             results.push(self.apply_one(item));
         }
-        self.upsert(&mut upserts, &mut results);
+        self.upsert(now, &mut upserts, &mut results);
         results
     }
 
     /// Upserts what has gathered; backends that nobody here knew get a place in the plan first.
-    fn upsert(&mut self, records: &mut Vec<Record>, results: &mut Vec<ApplyResult>) {
+    fn upsert(&mut self, now: Instant, records: &mut Vec<Record>, results: &mut Vec<ApplyResult>) {
         if records.is_empty() {
             return;
         }
@@ -733,6 +763,17 @@ impl Control {
                 .map(|(second, first)| if first == Upserted::UnknownBackend { second } else { first })
                 .collect();
         }
+        // Whoever has an older record may have seen a later packet.
+        let seen: Vec<(FlowKey, u32)> = answers
+            .iter()
+            .zip(records.iter())
+            .filter(|(answer, _)| **answer == Upserted::Stale)
+            .map(|(_, record)| (record.key, record.idle_ms))
+            .collect();
+        self.forwarder.touch(&seen);
+        if self.sweep_at.is_none() && records.iter().any(|record| !self.is_ours(&record.key)) {
+            self.sweep_at = Some(now + SWEEP_AFTER);
+        }
         results.extend(answers.into_iter().map(|answer| match answer {
             Upserted::Applied => ApplyResult::Applied,
             Upserted::Stale => ApplyResult::Stale,
@@ -749,6 +790,14 @@ impl Control {
             Apply::Upsert(_) => ApplyResult::Stale,
             Apply::Remove { key, birth, min_idle_ms } => {
                 done(self.forwarder.remove(&key, birth, Duration::from_millis(u64::from(min_idle_ms))))
+            }
+            Apply::End { key, birth, min_idle_ms } => {
+                let min_idle = Duration::from_millis(u64::from(min_idle_ms));
+                let is_this = |record: Record| record.birth == birth;
+                done(
+                    self.forwarder.remove(&key, birth, min_idle)
+                        || !self.forwarder.get(&key).is_some_and(is_this),
+                )
             }
             Apply::Touch { key, idle_ms } => {
                 self.forwarder.touch(&[(key, idle_ms)]);

@@ -67,6 +67,8 @@ pub struct Service {
     pub index: u32,
     /// A flow not seen by any holder for this long is idle.
     pub idle_ms: u32,
+    /// The same for a flow whose client has sent a FIN.
+    pub linger_ms: u32,
     /// Replicate a flow on its first packet (`replicate = "syn"`, the founding document's way).
     pub replicate_syn: bool,
     /// A backend has failed whose flows are to be reset (`on_failure = "reset"`): [`Tables::has_failed`] says which.
@@ -152,8 +154,8 @@ pub enum DropReason {
     NoBackend = 1,
     /// A protocol we do not balance, to a service's address.
     Protocol = 2,
-    /// Nobody owns the row: we are in no cluster yet, or no more. There is nobody to ask, and the consistent table alone would be a
-    /// guess that resets a connection which others know. The client sends again.
+    /// Nobody owns the row: we are in no cluster yet, or no more; or we have no lease, and none of the others can be asked. The consistent
+    /// table alone would be a guess that resets a connection which others know, or a new one that nobody knows. The client sends again.
     NotJoined = 3,
 }
 
@@ -322,11 +324,19 @@ impl Roles {
             }
     }
 
-    /// Whether we are owner or backup, now or before the change that is under way.
+    /// Whether we are told when a tuple is used again: as owner or backup, and while a handover window is open, because then we have
+    /// nothing but what some table, however long ago, gave us to hold.
     #[inline(always)]
-    fn holds<T: Tables>(&self, tables: &T) -> bool {
-        let ours = |row: Row| row.owner() == self.local.slot || row.backup() == self.local.slot;
-        ours(self.row) || tables.previous_row(self.row_number).is_some_and(ours)
+    fn is_told<T: Tables>(&self, tables: &T) -> bool {
+        self.row.owner() == self.local.slot
+            || self.row.backup() == self.local.slot
+            || tables.previous_row(self.row_number).is_some()
+    }
+
+    /// Whether there are other members that might say what we may not.
+    #[inline(always)]
+    fn others(&self) -> bool {
+        self.row.owner() != self.local.slot || self.row.backup().is_some()
     }
 
     /// The owner, or the backup while the owner is suspected; the owner again if both are.
@@ -582,7 +592,7 @@ fn other<T: Tables>(
 ) {
     // Who holds the row no more is not told when a tuple is used again: what it knows of an ended connection is not to be trusted.
     if let Some(entry) = tables.flow(&decision.key)
-        && (entry.flow_state().is_live() || roles.holds(tables))
+        && (entry.flow_state().is_live() || roles.is_told(tables))
     {
         let failed = is_to_be_reset(&entry, packet, tables, service);
         let (entry, changed) = advance(entry, packet, failed);
@@ -603,9 +613,10 @@ fn other<T: Tables>(
         let (entry, changed) = advance(entry, packet, failed);
         seen(decision, entry, Outcome::CacheHit, roles, service);
         decision.action = Action::UpdateCache;
-        if changed || decision.event.is_some() {
-            decision.entry.last_reported_ms = roles.local.now_ms;
+        if changed {
             decision.event = Some(FlowEventKind::Cached);
+            decision.entry.update = decision.entry.update.wrapping_add(1);
+            decision.entry.last_reported_ms = roles.local.now_ms;
         }
         if failed {
             decision.end(Verdict::Reset, Outcome::Reset);
@@ -688,7 +699,9 @@ fn pick<T: Tables>(
     record: bool,
     outcome: Outcome,
 ) {
-    if !roles.row.owner().is_some() {
+    if !roles.row.owner().is_some()
+        || (!roles.local.leased && roles.others() && !matches!(outcome, Outcome::IcmpSteered))
+    {
         decision.verdict = Verdict::Drop(DropReason::NotJoined);
         decision.outcome = Outcome::Dropped;
         return;
@@ -715,7 +728,8 @@ fn pick<T: Tables>(
     }
 }
 
-/// Forwards by a known entry, and reports to the owner that the flow lives if it has not heard of it for a quarter of the idle timeout.
+/// Forwards by a known entry, and reports to the owner that the flow lives if it has not heard of it for a quarter of the time after
+/// which it would forget it.
 #[inline(always)]
 fn seen(decision: &mut Decision, mut entry: FlowEntry, outcome: Outcome, roles: &Roles, service: &Service) {
     let now_ms = roles.local.now_ms;
@@ -736,7 +750,8 @@ fn seen(decision: &mut Decision, mut entry: FlowEntry, outcome: Outcome, roles: 
 /// Whether it is time again that the flow's owner learns that the flow lives.
 #[inline(always)]
 fn is_unreported(entry: &FlowEntry, service: &Service, now_ms: u64) -> bool {
-    now_ms.wrapping_sub(entry.last_reported_ms) > u64::from(service.idle_ms >> 2)
+    let life_ms = if entry.flow_state().is_live() { service.idle_ms } else { service.linger_ms };
+    now_ms.wrapping_sub(entry.last_reported_ms) > u64::from(life_ms >> 2)
 }
 
 /// Whether the segment is to be answered with a RST: its flow's backend has failed, and its service does not keep such flows.

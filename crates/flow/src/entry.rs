@@ -205,7 +205,7 @@ impl Record {
     pub const fn version(&self) -> Version {
         Version {
             recovered: self.flags.has(FlowFlags::RECOVERED),
-            live: self.state.is_live(),
+            state: self.state,
             birth: self.birth,
             update: self.update,
         }
@@ -222,8 +222,8 @@ impl Record {
 pub struct Version {
     /// Not made by a SYN.
     pub recovered: bool,
-    /// Half-open or established.
-    pub live: bool,
+    /// How far the flow has come.
+    pub state: FlowState,
     /// Hybrid logical clock; 0: not stamped yet.
     pub birth: u64,
     /// Changes since birth.
@@ -233,8 +233,9 @@ pub struct Version {
 impl Version {
     /// Whether `incoming` replaces this one, when both are of one flow, from wherever they came.
     ///
-    /// The order is total and the same on every member: made by a SYN before recovered; of one birth and backend the later update;
-    /// live before closing; then the earlier birth, then the lower backend.
+    /// The order is total and the same on every member: made by a SYN before recovered; of one birth and backend the later update, and of
+    /// equal ones, which two members made at once, the state that is further on; live before closing; then the earlier birth, then the
+    /// lower backend.
     /// `backends` is this record's [`BackendId`] compared with the incoming one's, because indexes are local.
     pub fn is_replaced_by(self, incoming: Self, backends: Ordering) -> bool {
         match (self.recovered, incoming.recovered) {
@@ -243,9 +244,9 @@ impl Version {
             _ => {}
         }
         if self.birth == incoming.birth && backends == Ordering::Equal {
-            return incoming.update > self.update;
+            return (incoming.update, incoming.state) > (self.update, self.state);
         }
-        match (self.live, incoming.live) {
+        match (self.state.is_live(), incoming.state.is_live()) {
             (true, false) => return false,
             (false, true) => return true,
             _ => {}
@@ -278,9 +279,10 @@ pub enum FlowEventKind {
     New = 0,
     /// The state changed: established, closing, reset, or live again.
     Changed = 1,
-    /// A holder that is not the owner forwarded the flow, and its last-seen time is a quarter of the idle timeout newer than last told.
+    /// Who is not the owner forwarded the flow, by its flow table or its cache, and its last-seen time is a quarter of the idle timeout
+    /// (of a closing flow: of the linger) newer than last told.
     Touched = 2,
-    /// A cache entry forwarded a FIN or RST, or a packet of a flow long not reported; the record is the cache's.
+    /// As [`Self::Changed`], by a cache entry: the record is the cache's, which need not know all updates.
     Cached = 3,
     /// Nobody knew the flow and we are not its acting owner: the owner may record what we did.
     Hint = 4,

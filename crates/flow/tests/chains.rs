@@ -220,8 +220,13 @@ fn any_member(dice: &mut Dice, id: MemberId, members: usize, key: FlowKey) -> Me
     }
 }
 
-const SERVICE: ServiceMatch =
-    ServiceMatch::Service(Service { index: 0, idle_ms: 60_000, replicate_syn: false, resets: false });
+const SERVICE: ServiceMatch = ServiceMatch::Service(Service {
+    index: 0,
+    idle_ms: 60_000,
+    linger_ms: 6_000,
+    replicate_syn: false,
+    resets: false,
+});
 
 /// Who gets a packet, one after the other, and what becomes of it in the end. A chain of more than 32 hand-offs ends as it is.
 struct Chain {

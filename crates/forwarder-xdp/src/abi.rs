@@ -153,6 +153,8 @@ pub struct ServiceValue {
     pub block: u32,
     /// Idle timeout in milliseconds.
     pub idle_ms: u32,
+    /// How long a closing flow is kept after its last packet, in milliseconds.
+    pub linger_ms: u32,
     /// Its position in the plan.
     pub index: u32,
     /// 1: replicate on the first packet.
@@ -174,14 +176,14 @@ pub struct FrontService {
     pub value: ServiceValue,
 }
 
-const _: () = assert!(size_of::<FrontService>() == 40);
+const _: () = assert!(size_of::<FrontService>() == 44);
 
 impl FrontService {
     /// Nobody's: there are two plans only.
     pub const EMPTY: Self = Self {
         address: [0; 16],
         rest: [0, 0, 0, u8::MAX],
-        value: ServiceValue { block: 0, idle_ms: 0, index: 0, replicate_syn: 0, resets: 0 },
+        value: ServiceValue { block: 0, idle_ms: 0, linger_ms: 0, index: 0, replicate_syn: 0, resets: 0 },
     };
 }
 

@@ -338,6 +338,7 @@ impl Writer {
             let value = ServiceValue {
                 block,
                 idle_ms: u32::try_from(service.idle.as_millis()).unwrap_or(u32::MAX),
+                linger_ms: u32::try_from(service.linger.as_millis()).unwrap_or(u32::MAX),
                 index,
                 replicate_syn: u32::from(service.replicate_syn),
                 resets: u32::from(!service.failed.is_empty()),

@@ -77,6 +77,8 @@ pub enum Item {
         key: FlowKey,
         /// Births up to this one have ended.
         birth: u64,
+        /// Milliseconds since the sender, or whoever told it, saw a packet: whoever has seen one since knows that the flow lives.
+        idle_ms: u32,
         /// The receiver has it in its cache, not in its flow table.
         cache: bool,
     },
@@ -398,8 +400,8 @@ fn encode_item(item: &Item, place: impl Fn(&BackendId) -> u16) -> [u8; ITEM] {
             of_record(ASSOCIATE, record, if cache { BIT_CACHE } else { 0 })
         }
         Item::Hint { ref record } => of_record(HINT, record, 0),
-        Item::End { birth, cache, .. } => {
-            Fields { kind: END, birth, bits: if cache { BIT_CACHE } else { 0 }, ..none }
+        Item::End { birth, idle_ms, cache, .. } => {
+            Fields { kind: END, birth, idle_ms, bits: if cache { BIT_CACHE } else { 0 }, ..none }
         }
         Item::Touch { birth, idle_ms, .. } => Fields { kind: TOUCH, birth, idle_ms, ..none },
         Item::IdleQuery { birth, .. } => Fields { kind: IDLE_QUERY, birth, ..none },
@@ -505,7 +507,7 @@ fn decode_item(reader: &mut Reader<'_>, dictionary: &[BackendId]) -> Result<Item
     Ok(match kind {
         ASSOCIATE => Item::Associate { record: record()?, cache: bits & BIT_CACHE != 0 },
         HINT => Item::Hint { record: record()? },
-        END => Item::End { key, birth, cache: bits & BIT_CACHE != 0 },
+        END => Item::End { key, birth, idle_ms, cache: bits & BIT_CACHE != 0 },
         TOUCH => Item::Touch { key, birth, idle_ms },
         IDLE_QUERY => Item::IdleQuery { key, birth },
         IDLE_REPLY => Item::IdleReply { key, birth, idle_ms: (bits & BIT_ABSENT == 0).then_some(idle_ms) },

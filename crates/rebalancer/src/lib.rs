@@ -33,7 +33,7 @@ pub use codec::Digests;
 pub use digest::{RowDigest, differing_rows, row_digests};
 pub use ranking::{Ranking, Survivors};
 pub use replicator::{
-    Apply, ApplyBatch, ApplyResult, Config, Counters, Event, Lookup, PeerError, Policy, Replicator,
+    Apply, ApplyBatch, ApplyResult, Config, Counters, Event, Held, Lookup, PeerError, Policy, Replicator,
     TransferProgress, ViewInput,
 };
 pub use transfer::{

@@ -28,7 +28,7 @@ use outbox::Outbox;
 pub use sending::TransferProgress;
 use sending::{Pace, Transfer};
 pub use types::{
-    Apply, ApplyBatch, ApplyResult, Config, Counters, Event, Lookup, PeerError, Policy, ViewInput,
+    Apply, ApplyBatch, ApplyResult, Config, Counters, Event, Held, Lookup, PeerError, Policy, ViewInput,
 };
 
 /// Items in one batch: 64 kB, so that an acknowledgement comes back soon and one batch holds up nothing for long.
@@ -315,10 +315,11 @@ impl Replicator {
                 self.touch_owner(&record);
             }
             FlowEventKind::Cached if record.birth == 0 => self.counters.misplaced += 1,
-            FlowEventKind::Cached => match record.state {
-                FlowState::Closing | FlowState::Reset => self.replicate(record),
-                FlowState::HalfOpen | FlowState::Established => self.touch_owner(&record),
-            },
+            // Whose row it is knows the flow by its cache alone: now it holds it.
+            FlowEventKind::Cached if self.holders(&record.key).contains(&Some(self.config.local)) => {
+                self.inbound.push_local(Apply::Upsert(record), Then::Record(record));
+            }
+            FlowEventKind::Cached => self.replicate(record),
             FlowEventKind::Hint => self.hint(record),
             FlowEventKind::Expired => {
                 self.settle_birth(&mut record);
@@ -385,7 +386,9 @@ impl Replicator {
                 let mut worth = Vec::with_capacity(records.len());
                 for mut record in records {
                     self.settle_birth(&mut record);
-                    if !self.is_worth_telling(&record) || self.ended.bars(&record.key, record.birth) {
+                    if !self.is_worth_telling(&record)
+                        || self.bars(&record.key, record.birth, record.idle_ms).is_some()
+                    {
                         continue;
                     }
                     if !cache && self.backup_of_own(&record.key) == Some(to) {
@@ -507,10 +510,12 @@ impl Replicator {
             return Some(Frame::Batch { seq, items });
         }
         let ended = &self.ended;
-        let chunk =
-            peer.transfer.as_mut()?.poll_chunk(self.now, &mut self.pace, &mut self.next_chunk, |record| {
-                ended.bars(&record.key, record.birth)
-            });
+        let chunk = peer.transfer.as_mut()?.poll_chunk(
+            self.now,
+            &mut self.pace,
+            &mut self.next_chunk,
+            |record, seen| ended.bars(&record.key, record.birth, seen).is_some(),
+        );
         match chunk {
             Some((id, items)) => Some(Frame::Chunk { id, items }),
             None => {
@@ -680,7 +685,7 @@ impl Replicator {
     /// A birth for a flow the forwarder has just made.
     fn stamp(&mut self, key: &FlowKey) -> u64 {
         let birth = self.clock.stamp(self.wall_ms());
-        self.stamps.insert(self.now, *key, birth);
+        self.stamps.insert(self.now, *key, birth, self.now);
         self.inbound.push_local(Apply::Stamp { key: *key, birth }, Then::Nothing);
         birth
     }

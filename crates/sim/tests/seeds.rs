@@ -16,8 +16,12 @@ const SEEDS: u64 = 120;
 /// The machines that run this have two cores.
 const THREADS: usize = 2;
 
-/// Checkers that find faults of the protocol which are known and not mended yet; `docs/testing.md` says which.
-const OPEN: [&str; 5] = ["sticky", "held", "converges", "no-growth", "no-immortal"];
+/// Checkers that find faults of the protocol which are known and not mended yet, in at most [`MOST_OPEN`] seeds; `docs/testing.md` says
+/// which.
+const OPEN: [&str; 1] = ["sticky"];
+
+/// Not one more: whatever breaks connections again is seen here.
+const MOST_OPEN: usize = 8;
 
 #[test]
 fn the_same_seed_gives_the_same_run() {
@@ -31,8 +35,9 @@ fn the_same_seed_gives_the_same_run() {
 }
 
 #[test]
-fn every_seed_agrees_on_one_owner_without_loops() {
+fn every_seed_keeps_every_promise_but_for_the_open_faults() {
     let mut found = Vec::new();
+    let mut open = BTreeSet::new();
     let (mut live, mut off) = (0, 0);
     runner::run_many(0, SEEDS, THREADS, Options::default(), |report| {
         assert!(
@@ -44,6 +49,9 @@ fn every_seed_agrees_on_one_owner_without_loops() {
         );
         live += report.live;
         off += report.off_choice;
+        if report.violations.iter().any(|violation| OPEN.contains(&violation.checker)) {
+            open.insert(report.seed);
+        }
         found.extend(
             report
                 .violations
@@ -53,6 +61,7 @@ fn every_seed_agrees_on_one_owner_without_loops() {
         );
     });
     assert!(found.is_empty(), "{off} of {live} off the consistent choice\n{}", found.join("\n"));
+    assert!(open.len() <= MOST_OPEN, "connections break in seeds {open:?}");
 }
 
 /// One owner and loops aside, the simulator must find what is known to be missing: without replication connections break.
@@ -67,17 +76,19 @@ fn without_replication_sticky_fails_more_often() {
     };
     let (twin, with) = (failing(true), failing(false));
     assert!(
-        twin >= 20 && twin > with,
+        twin >= 15 && with <= 1,
         "sticky fails in {twin} of 30 seeds without replication, in {with} with it"
     );
 }
 
 #[test]
-fn every_planted_fault_but_one_is_caught() {
+fn every_planted_fault_but_two_is_caught() {
     let mut missed = Vec::new();
-    // What a forwarder without a lease does wrong is seen by no checker yet: see docs/testing.md.
-    for fault in Fault::ALL.into_iter().filter(|fault| *fault != Fault::NoLease) {
-        let caught: Option<BTreeSet<&str>> = (0..60)
+    // What a forwarder without a lease does wrong, and how long clients wait for who is suspected, is seen by no checker yet: see
+    // docs/testing.md.
+    let unseen = [Fault::NoLease, Fault::SuspicionIgnored];
+    for fault in Fault::ALL.into_iter().filter(|fault| !unseen.contains(fault)) {
+        let caught: Option<BTreeSet<&str>> = (0..150)
             .map(|seed| planted::caught_in(seed, fault, Options::default()))
             .find(|caught| !caught.is_empty());
         if caught.is_none() {

@@ -14,9 +14,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use phalanx_flow::{FlowState, MemberId, Record};
+use phalanx_flow::{FlowFlags, FlowState, MemberId, Record};
 use phalanx_forwarder::RowSet;
-use phalanx_rebalancer::{Digests, Ranking, RowDigest, TransferPlan, row_digests};
+use phalanx_rebalancer::{Digests, Held, Ranking, RowDigest, TransferPlan, row_digests};
 
 use super::Control;
 
@@ -40,6 +40,8 @@ pub(super) struct Repair {
     round: u64,
     asked: Vec<(MemberId, Digests)>,
     differing: Vec<(MemberId, BTreeSet<u32>)>,
+    /// Flows of the comparison under way that we do not know to be protected: by backup, with the row.
+    doubtful: BTreeMap<MemberId, Vec<(u32, Held)>>,
     /// The handover window is about to close: its round, the answers that are missing, and since when.
     farewell: Option<(u64, usize, Instant)>,
     counters: RepairCounters,
@@ -71,14 +73,24 @@ impl Control {
         self.repair.asked.push((from, digests));
     }
 
-    pub(super) fn handle_differing(&mut self, from: MemberId, round: u64, rows: Vec<u32>) {
+    pub(super) fn handle_differing(&mut self, now: Instant, from: MemberId, round: u64, rows: Vec<u32>) {
         if let Some((farewell, missing, _)) = &mut self.repair.farewell
             && *farewell == round
         {
             *missing = missing.saturating_sub(1);
         }
+        let rows: BTreeSet<u32> = rows.into_iter().collect();
+        // A backup that holds the same of a row has acknowledged it, whoever told it.
+        if round == self.repair.round
+            && rows.len() < phalanx_rebalancer::codec::MAX_ROWS
+            && let Some(doubtful) = self.repair.doubtful.get(&from)
+        {
+            let held: Vec<Held> =
+                doubtful.iter().filter(|(row, _)| !rows.contains(row)).map(|(_, held)| *held).collect();
+            self.replicator.handle_compared(now, from, &held);
+        }
         if !rows.is_empty() {
-            self.repair.differing.push((from, rows.into_iter().collect()));
+            self.repair.differing.push((from, rows));
         }
     }
 
@@ -105,14 +117,21 @@ impl Control {
             .filter_map(|holders| holders[1])
             .collect();
         let mut held: BTreeMap<MemberId, Vec<Record>> = backups.iter().map(|&id| (id, Vec::new())).collect();
+        let mut doubtful: BTreeMap<MemberId, Vec<(u32, Held)>> = BTreeMap::new();
         self.forwarder.visit(&RowSet::All, &mut |record| {
-            if let [Some(owner), Some(backup)] = table.holders(table.row_of(&record.key))
+            let row = table.row_of(&record.key);
+            if let [Some(owner), Some(backup)] = table.holders(row)
                 && owner == local
                 && counts(record)
             {
+                if !record.flags.has(FlowFlags::PROTECTED) || self.replicator.is_unprotected(&record.key) {
+                    let version = (record.key, record.birth, record.update);
+                    doubtful.entry(backup).or_default().push((row, version));
+                }
                 held.entry(backup).or_default().push(*record);
             }
         });
+        self.repair.doubtful = doubtful;
         self.repair.round += 1;
         for (backup, records) in held {
             let digests = row_digests(&*table, &records);
@@ -228,6 +247,7 @@ impl Control {
 
     /// Another table is in force: who was asked may hold the rows no more, and what fell between the two is looked for soon.
     pub(super) fn table_changed(&mut self, now: Instant) {
+        self.repair.doubtful.clear();
         self.repair.farewell = None;
         let soon = now + AFTER_CHANGE;
         self.repair.next = Some(self.repair.next.map_or(soon, |next| next.min(soon)));

@@ -23,6 +23,8 @@ pub(super) struct World {
     pub(super) failed: Option<BackendIndex>,
 }
 
+pub(super) const NOW_MS: u64 = 100_000;
+
 impl World {
     pub(super) fn of(local: MemberSlot) -> Self {
         Self { local, suspect: None, flow: None, cached: None, alone: false, failed: None }
@@ -30,6 +32,10 @@ impl World {
 
     fn decide(&self, arrival: Arrival, flags: u8) -> Decision {
         let payload: &[u8] = if flags & tcp_flags::SYN == 0 { b"data" } else { b"" };
+        self.decide_on(arrival, flags, payload)
+    }
+
+    fn decide_on(&self, arrival: Arrival, flags: u8, payload: &[u8]) -> Decision {
         let packet = parse(samples::tcp(4, flags, payload).as_slice(), Link::Ip).unwrap();
         decide(&packet, &arrival, self)
     }
@@ -37,12 +43,13 @@ impl World {
 
 impl Tables for World {
     fn local(&self) -> Local {
-        Local { slot: self.local, leased: true, seed: FlowSeed([1, 2]), now_ms: 1000 }
+        Local { slot: self.local, leased: true, seed: FlowSeed([1, 2]), now_ms: NOW_MS }
     }
     fn service(&self, _: &FlowKey) -> ServiceMatch {
         ServiceMatch::Service(Service {
             index: 0,
             idle_ms: 60_000,
+            linger_ms: 6_000,
             replicate_syn: false,
             resets: self.failed.is_some(),
         })
@@ -81,7 +88,13 @@ impl Tables for World {
 
 pub(super) fn recorded() -> Option<FlowEntry> {
     let state = FlowState::Established as u8;
-    Some(FlowEntry { backend: RECORDED, state, last_seen_ms: 900, last_reported_ms: 900, ..NO_ENTRY })
+    Some(FlowEntry {
+        backend: RECORDED,
+        state,
+        last_seen_ms: NOW_MS - 100,
+        last_reported_ms: NOW_MS - 100,
+        ..NO_ENTRY
+    })
 }
 
 fn handed_to(decision: &Decision) -> Option<MemberSlot> {
@@ -175,6 +188,50 @@ fn claim_16_the_end_of_a_connection_is_told_whoever_forwards_it() {
     // The twin: data ends nothing.
     let holder = World { flow: recorded(), ..World::of(BACKUP) };
     assert_eq!(holder.decide(Arrival::WIRE, DATA).event, None);
+}
+
+#[test]
+fn a_state_that_changes_on_a_cache_hit_is_a_later_update_for_the_holders() {
+    let in_state = |state| recorded().map(|entry| FlowEntry { state: state as u8, update: 7, ..entry });
+    for (before, flags, after) in [
+        (FlowState::HalfOpen, tcp_flags::ACK, FlowState::Established),
+        (FlowState::Established, tcp_flags::ACK | tcp_flags::FIN, FlowState::Closing),
+        (FlowState::Closing, DATA, FlowState::Established),
+    ] {
+        let decision = World { cached: in_state(before), ..World::of(THIRD) }.decide(Arrival::WIRE, flags);
+        assert_eq!(decision.event, Some(FlowEventKind::Cached), "{before:?}");
+        assert_eq!((decision.entry.flow_state(), decision.entry.update), (after, 8));
+    }
+    // The twin: what changes nothing is told to nobody.
+    let same =
+        World { cached: in_state(FlowState::Established), ..World::of(THIRD) }.decide(Arrival::WIRE, DATA);
+    assert_eq!((same.event, same.entry.update), (None, 7));
+}
+
+#[test]
+fn who_forwards_for_the_owner_says_so_after_a_quarter_of_the_time_it_would_be_forgotten_in() {
+    let after = |state: FlowState, unreported_ms: u64| {
+        let entry = recorded().map(|entry| FlowEntry {
+            state: state as u8,
+            last_reported_ms: NOW_MS - unreported_ms,
+            ..entry
+        });
+        let [held, cached] =
+            [World { flow: entry, ..World::of(BACKUP) }, World { cached: entry, ..World::of(THIRD) }]
+                .map(|world| world.decide_on(Arrival::WIRE, tcp_flags::ACK, b"").event);
+        assert_eq!(held, cached, "{state:?} after {unreported_ms} ms");
+        held
+    };
+    assert_eq!(after(FlowState::Established, 15_000), None);
+    assert_eq!(after(FlowState::Established, 15_001), Some(FlowEventKind::Touched));
+    assert_eq!(after(FlowState::Closing, 1_500), None);
+    assert_eq!(after(FlowState::Closing, 1_501), Some(FlowEventKind::Touched));
+    // The twin: the owner knows.
+    let owner = World {
+        flow: recorded().map(|entry| FlowEntry { last_reported_ms: 0, ..entry }),
+        ..World::of(OWNER)
+    };
+    assert_eq!(owner.decide(Arrival::WIRE, DATA).event, None);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::vec::Vec;
 
-use super::claims::{BACKUP, OWNER, RECORDED, THIRD, World, recorded};
+use super::claims::{BACKUP, NOW_MS, OWNER, RECORDED, THIRD, World, recorded};
 use super::*;
 use crate::packet::{Link, parse, samples};
 
@@ -31,8 +31,8 @@ fn what_is_a_hit_the_whole_decision_says_too_with_nothing_besides() {
     let mut hits = 0;
     for local in [OWNER, BACKUP, THIRD] {
         for state in [FlowState::HalfOpen, FlowState::Established, FlowState::Closing, FlowState::Reset] {
-            // A quarter of the idle timeout is 15 s.
-            for reported_ms in [1_000_u64, 1_000_u64.wrapping_sub(15_000), 1_000_u64.wrapping_sub(15_001)] {
+            // A quarter of the idle timeout is 15 s, of the linger 1.5 s.
+            for reported_ms in [0, 1_500, 1_501, 15_000, 15_001].map(|ago_ms| NOW_MS - ago_ms) {
                 for failed in [None, Some(RECORDED)] {
                     let flow = recorded().map(|entry| FlowEntry {
                         state: state as u8,
@@ -44,9 +44,9 @@ fn what_is_a_hit_the_whole_decision_says_too_with_nothing_besides() {
                         let Some(found) = whole(&packet, &world) else { continue };
                         hits += 1;
                         let decision = decide(&packet, &Arrival::WIRE, &world);
-                        let seen = FlowEntry { last_seen_ms: 1_000, ..flow.unwrap() };
+                        let seen = FlowEntry { last_seen_ms: NOW_MS, ..flow.unwrap() };
                         let seen = if found.is_known_to_owner {
-                            FlowEntry { last_reported_ms: 1_000, ..seen }
+                            FlowEntry { last_reported_ms: NOW_MS, ..seen }
                         } else {
                             seen
                         };
@@ -82,14 +82,13 @@ fn data_of_an_established_connection_is_a_hit_and_whatever_changes_it_is_none() 
 
 #[test]
 fn the_owner_brings_the_time_up_to_date_that_others_report_and_tells_nobody() {
-    let flow =
-        recorded().map(|entry| FlowEntry { last_reported_ms: 1_000_u64.wrapping_sub(15_001), ..entry });
+    let flow = recorded().map(|entry| FlowEntry { last_reported_ms: NOW_MS - 15_001, ..entry });
     let packet = parse(samples::tcp(4, tcp_flags::ACK, b"data").as_slice(), Link::Ip).unwrap();
     for (local, event) in [(OWNER, None), (BACKUP, Some(FlowEventKind::Touched))] {
         let world = World { flow, ..World::of(local) };
         let owner = Hit { backend: RECORDED, is_known_to_owner: true };
         assert_eq!(whole(&packet, &world), (local == OWNER).then_some(owner));
         let decision = decide(&packet, &Arrival::WIRE, &world);
-        assert_eq!((decision.entry.last_reported_ms, decision.event), (1_000, event));
+        assert_eq!((decision.entry.last_reported_ms, decision.event), (NOW_MS, event));
     }
 }

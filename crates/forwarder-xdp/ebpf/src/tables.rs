@@ -140,6 +140,7 @@ impl<const FAST: bool> View<FAST> {
         ServiceMatch::Service(Service {
             index: value.index,
             idle_ms: value.idle_ms,
+            linger_ms: value.linger_ms,
             replicate_syn: value.replicate_syn != 0,
             resets: value.resets != 0,
         })

@@ -42,7 +42,7 @@ pub fn record_of(key: &FlowKey, entry: &FlowEntry, backend: BackendId, now_ms: u
 pub fn is_replaced(entry: &FlowEntry, backend: Option<BackendId>, record: &Record) -> bool {
     let version = Version {
         recovered: entry.flags.has(FlowFlags::RECOVERED),
-        live: entry.flow_state().is_live(),
+        state: entry.flow_state(),
         birth: entry.birth,
         update: entry.update,
     };

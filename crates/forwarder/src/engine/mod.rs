@@ -92,6 +92,7 @@ impl CompiledPlan {
             let read = Service {
                 index,
                 idle_ms: u32::try_from(service.idle.as_millis()).unwrap_or(u32::MAX),
+                linger_ms: u32::try_from(service.linger.as_millis()).unwrap_or(u32::MAX),
                 replicate_syn: service.replicate_syn,
                 resets: !service.failed.is_empty(),
             };

@@ -21,7 +21,12 @@ fn any_item() -> impl Strategy<Value = Item> {
     prop_oneof![
         (any_record(), any::<bool>()).prop_map(|(record, cache)| Item::Associate { record, cache }),
         any_record().prop_map(|record| Item::Hint { record }),
-        any::<(u16, u64, bool)>().prop_map(|(n, birth, cache)| Item::End { key: key(n), birth, cache }),
+        any::<(u16, u64, u32, bool)>().prop_map(|(n, birth, idle_ms, cache)| Item::End {
+            key: key(n),
+            birth,
+            idle_ms,
+            cache
+        }),
         any::<(u16, u64, u32)>().prop_map(|(n, birth, idle_ms)| Item::Touch { key: key(n), birth, idle_ms }),
         any::<(u16, u64)>().prop_map(|(n, birth)| Item::IdleQuery { key: key(n), birth }),
         any::<(u16, u64, Option<u32>)>().prop_map(|(n, birth, idle_ms)| Item::IdleReply {
@@ -175,7 +180,7 @@ fn every_reserved_byte_and_number_is_checked() {
 
 #[test]
 fn a_transfer_table_carries_associations_only() {
-    let items = vec![Item::End { key: key(1), birth: 1, cache: false }];
+    let items = vec![Item::End { key: key(1), birth: 1, idle_ms: 0, cache: false }];
     assert!(decode_all(&[&encode(&Frame::Chunk { id: 1, items: items.clone() })]).is_err());
     assert!(decode_all(&[&encode(&Frame::Batch { seq: 1, items })]).is_ok());
 }

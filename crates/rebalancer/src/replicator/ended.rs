@@ -5,10 +5,14 @@ use std::time::{Duration, Instant};
 
 use phalanx_flow::FlowKey;
 
+/// A holder that saw a packet later than another by no more than this has seen nothing: records age by their transit when copied.
+pub(super) const SEEN_SLACK: Duration = Duration::from_millis(250);
+
 /// A bounded memory of births by flow; oldest out first.
 #[derive(Debug)]
 pub(super) struct Births {
-    births: HashMap<FlowKey, u64>,
+    /// With when a packet was last seen by who ended the flow.
+    births: HashMap<FlowKey, (u64, Instant)>,
     order: VecDeque<(Instant, FlowKey, u64)>,
     capacity: usize,
     lifetime: Duration,
@@ -19,12 +23,12 @@ impl Births {
         Self { births: HashMap::new(), order: VecDeque::new(), capacity, lifetime }
     }
 
-    /// Remembers `birth` unless a later one is known.
-    pub(super) fn insert(&mut self, now: Instant, key: FlowKey, birth: u64) {
+    /// Remembers `birth` unless a later one is known; `seen`: when a packet was last seen.
+    pub(super) fn insert(&mut self, now: Instant, key: FlowKey, birth: u64, seen: Instant) {
         self.expire(now);
-        let known = self.births.entry(key).or_default();
-        if *known < birth {
-            *known = birth;
+        let known = self.births.entry(key).or_insert((0, seen));
+        if known.0 < birth {
+            *known = (birth, seen);
             self.order.push_back((now, key, birth));
             if self.order.len() > self.capacity {
                 self.forget_oldest();
@@ -34,12 +38,14 @@ impl Births {
 
     /// The latest birth known of `key`.
     pub(super) fn get(&self, key: &FlowKey) -> Option<u64> {
-        self.births.get(key).copied()
+        self.births.get(key).map(|(birth, _)| *birth)
     }
 
-    /// Whether a record of `key` with `birth` is of a flow that has ended.
-    pub(super) fn bars(&self, key: &FlowKey, birth: u64) -> bool {
-        birth != 0 && self.get(key).is_some_and(|ended| birth <= ended)
+    /// If a record of `key` with `birth`, of which a packet was seen at `seen`, is of a flow that has ended: when who ended it saw the last
+    /// one.
+    pub(super) fn bars(&self, key: &FlowKey, birth: u64, seen: Instant) -> Option<Instant> {
+        let (ended, last) = self.births.get(key)?;
+        (birth != 0 && birth <= *ended && seen <= *last + SEEN_SLACK).then_some(*last)
     }
 
     /// Forgets what is older than the lifetime.
@@ -51,7 +57,7 @@ impl Births {
 
     fn forget_oldest(&mut self) {
         if let Some((_, key, birth)) = self.order.pop_front()
-            && self.births.get(&key) == Some(&birth)
+            && self.get(&key) == Some(birth)
         {
             self.births.remove(&key);
         }

@@ -1,13 +1,16 @@
 //! How flows end: by the owner's word, when no holder has seen them.
 
+use std::time::{Duration, Instant};
+
 use phalanx_flow::{FlowKey, FlowState, MemberId, Record};
 
+use super::ended::SEEN_SLACK;
 use super::idle::{BACKUP_WAIT, OWNER_WAIT};
 use super::inbound::Then;
 use super::{Apply, Item, Replicator, aged};
 
-/// A holder that saw a packet later than we did by no more than this has seen nothing: records age by their transit when copied.
-const IDLE_SLACK_MS: u32 = 250;
+/// [`SEEN_SLACK`] in milliseconds.
+pub(super) const IDLE_SLACK_MS: u32 = SEEN_SLACK.as_millis() as u32;
 
 impl Replicator {
     pub(super) fn expire(&mut self, record: Record, at_once: bool) {
@@ -15,7 +18,7 @@ impl Replicator {
             // Half-open entries are many and worth little, and a reset flow has its answer: both go without asking.
             FlowState::HalfOpen | FlowState::Reset => {
                 let announce = self.is_own(&record.key) && (at_once || self.is_worth_telling(&record));
-                self.remove(&record, announce);
+                self.remove(&record, self.now, announce);
             }
             FlowState::Established | FlowState::Closing => {
                 if self.idle.insert(self.now, record) {
@@ -37,12 +40,12 @@ impl Replicator {
             // Nobody else can have seen it.
             None => {
                 self.idle.remove(key);
-                self.remove(&waiting.record, own);
+                self.remove(&waiting.record, waiting.since, own);
             }
             Some(_) if waited >= if own { BACKUP_WAIT } else { OWNER_WAIT } => {
                 self.counters.unanswered += 1;
                 self.idle.remove(key);
-                self.remove(&waiting.record, false);
+                self.remove(&waiting.record, waiting.since, false);
             }
             Some(other) => {
                 self.push(other, Item::IdleQuery { key: *key, birth: waiting.record.birth });
@@ -73,32 +76,42 @@ impl Replicator {
             _ => {
                 let own = self.is_own(key);
                 self.idle.remove(key);
-                self.remove(&waiting.record, own);
+                self.remove(&waiting.record, waiting.since, own);
             }
         }
     }
 
-    /// Removes an idle entry here; the end is announced once the forwarder has agreed that it is idle.
-    fn remove(&mut self, record: &Record, announce: bool) {
-        let (key, birth) = (record.key, record.birth);
-        let then = if announce { Then::Announce { key, birth } } else { Then::Forget { key, birth } };
+    /// When a packet was seen, if that was `idle_ms` before `at`.
+    pub(super) fn seen(&self, idle_ms: u32, at: Instant) -> Instant {
+        at.checked_sub(Duration::from_millis(idle_ms.into())).unwrap_or(self.started)
+    }
+
+    /// Removes an entry here that was idle at `at`; the end is announced once the forwarder has agreed that it is.
+    fn remove(&mut self, record: &Record, at: Instant, announce: bool) {
+        let (key, birth, seen) = (record.key, record.birth, self.seen(record.idle_ms, at));
+        let then = if announce { Then::Announce { key, birth, seen } } else { Then::Forget { key, birth } };
         self.inbound.push_local(Apply::Remove { key, birth, min_idle_ms: record.idle_ms }, then);
     }
 
-    pub(super) fn announce_end(&mut self, key: FlowKey, birth: u64) {
+    pub(super) fn announce_end(&mut self, key: FlowKey, birth: u64, seen: Instant) {
         let (holders, caches) = self.audience(&key);
-        self.note_end(&key, birth);
+        self.note_end(&key, birth, seen);
         for to in holders {
-            self.push(to, Item::End { key, birth, cache: false });
+            self.push_end(to, key, birth, seen, false);
         }
         for to in caches {
-            self.push(to, Item::End { key, birth, cache: true });
+            self.push_end(to, key, birth, seen, true);
         }
     }
 
-    /// The flow has ended, whoever said so: nothing older is to be told or taken any more.
-    pub(super) fn note_end(&mut self, key: &FlowKey, birth: u64) {
-        self.ended.insert(self.now, *key, birth);
+    /// Tells `to` that a flow of which a packet was last seen at `seen` has ended.
+    pub(super) fn push_end(&mut self, to: MemberId, key: FlowKey, birth: u64, seen: Instant, cache: bool) {
+        self.push(to, Item::End { key, birth, idle_ms: aged(0, seen, self.now), cache });
+    }
+
+    /// The flow has ended, whoever said so: nothing older is to be told or taken any more, unless a packet was seen since.
+    pub(super) fn note_end(&mut self, key: &FlowKey, birth: u64, seen: Instant) {
+        self.ended.insert(self.now, *key, birth, seen);
         self.idle.remove_life(key, birth);
         self.forget_unprotected(key, birth);
         for peer in self.peers.values_mut() {

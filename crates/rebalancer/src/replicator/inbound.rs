@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use phalanx_flow::{FlowFlags, FlowKey, MemberId, Record};
 
+use super::ending::IDLE_SLACK_MS;
 use super::{
-    Apply, ApplyBatch, ApplyResult, Control, Event, Frame, Item, LOCAL_BATCH, Lookup, MAX_INBOUND, PeerError,
-    Refusal, Replicator,
+    Apply, ApplyBatch, ApplyResult, Control, Event, Frame, Held, Item, LOCAL_BATCH, Lookup, MAX_INBOUND,
+    PeerError, Refusal, Replicator,
 };
 
 /// What follows when one change was applied.
@@ -18,6 +19,13 @@ pub(super) enum Then {
     Announce {
         key: FlowKey,
         birth: u64,
+        seen: Instant,
+    },
+    /// The end a peer announced.
+    Ended {
+        key: FlowKey,
+        birth: u64,
+        seen: Instant,
     },
     /// A removal of ours that concerns nobody else.
     Forget {
@@ -114,6 +122,10 @@ impl Inbound {
     }
 }
 
+fn version(record: &Record) -> Held {
+    (record.key, record.birth, record.update)
+}
+
 impl Replicator {
     /// Takes what the forwarder did with an [`ApplyBatch`], change by change; a result that is missing counts as refused.
     pub fn handle_applied(&mut self, now: Instant, id: u64, results: &[ApplyResult]) {
@@ -129,13 +141,16 @@ impl Replicator {
             match then {
                 Then::Nothing => {}
                 // An entry that lives, or is of another life, is left alone and not announced.
-                Then::Announce { key, birth } if result == ApplyResult::Applied => {
-                    self.announce_end(key, birth)
+                Then::Announce { key, birth, seen } if result == ApplyResult::Applied => {
+                    self.announce_end(key, birth, seen);
+                }
+                Then::Ended { key, birth, seen } if result == ApplyResult::Applied => {
+                    self.note_end(&key, birth, seen);
                 }
                 Then::Forget { key, birth } if result == ApplyResult::Applied => {
                     self.forget_unprotected(&key, birth)
                 }
-                Then::Announce { .. } | Then::Forget { .. } => {}
+                Then::Announce { .. } | Then::Forget { .. } | Then::Ended { .. } => {}
                 Then::Record(record) => {
                     if result == ApplyResult::Applied {
                         self.replicate(record);
@@ -150,7 +165,13 @@ impl Replicator {
                             self.pass_on(record, from);
                         }
                     }
-                    ApplyResult::Stale => {}
+                    // What our backup sends it holds, and we may have heard of it from elsewhere.
+                    ApplyResult::Stale => {
+                        if let Some(from) = from.filter(|from| self.backup_of_own(&record.key) == Some(*from))
+                        {
+                            self.note_held(from, version(&record));
+                        }
+                    }
                     ApplyResult::Full => refused.push((place, Refusal::Full)),
                     ApplyResult::UnknownBackend => refused.push((place, Refusal::UnknownBackend)),
                 },
@@ -229,11 +250,13 @@ impl Replicator {
             }
             match item {
                 Item::Associate { record, .. } if record.birth == 0 => self.counters.misplaced += 1,
-                Item::Associate { record, cache } if self.ended.bars(&record.key, record.birth) => {
+                Item::Associate { record, cache }
+                    if let Some(seen) = self.bars(&record.key, record.birth, record.idle_ms) =>
+                {
                     self.counters.barred += 1;
                     // Who still tells of it has missed its end.
                     if !cache {
-                        self.push(from, Item::End { key: record.key, birth: record.birth, cache: false });
+                        self.push_end(from, record.key, record.birth, seen, false);
                     }
                 }
                 Item::Associate { record, cache: true } => {
@@ -256,11 +279,17 @@ impl Replicator {
                     applies.push(Apply::Upsert(record));
                     then.push(Then::Received { place, record, hint: true });
                 }
-                Item::End { key, birth, cache } => {
-                    self.note_end(&key, birth);
-                    if !cache {
-                        applies.push(Apply::Remove { key, birth, min_idle_ms: 0 });
-                        then.push(Then::Nothing);
+                Item::End { key, birth, idle_ms, cache } => {
+                    let seen = self.seen(idle_ms, self.now);
+                    if cache {
+                        self.note_end(&key, birth, seen);
+                    } else {
+                        applies.push(Apply::End {
+                            key,
+                            birth,
+                            min_idle_ms: idle_ms.saturating_sub(IDLE_SLACK_MS),
+                        });
+                        then.push(Then::Ended { key, birth, seen });
                     }
                     if cache || local_caches {
                         applies.push(Apply::CacheRemove { key });
@@ -268,7 +297,7 @@ impl Replicator {
                     }
                 }
                 Item::Touch { key, birth, idle_ms } => {
-                    if !self.ended.bars(&key, birth) {
+                    if self.bars(&key, birth, idle_ms).is_none() {
                         applies.push(Apply::Touch { key, idle_ms });
                         then.push(Then::Nothing);
                     }
@@ -290,6 +319,11 @@ impl Replicator {
             self.inbound.push(Some(from), applies, Pending { origin, then });
         }
         Ok(())
+    }
+
+    /// See [`Births::bars`](super::ended::Births::bars), of a packet that was seen this long ago.
+    pub(super) fn bars(&self, key: &FlowKey, birth: u64, idle_ms: u32) -> Option<Instant> {
+        self.ended.bars(key, birth, self.seen(idle_ms, self.now))
     }
 
     /// Sends the acknowledgement, unless the connection it belongs to is gone.
@@ -316,7 +350,7 @@ impl Replicator {
             if let Item::Associate { record, cache: false } = item
                 && !refused.contains(&place)
             {
-                self.note_held(from, &record);
+                self.note_held(from, version(&record));
             }
         }
         self.note_refused(from, refused.len());
@@ -327,7 +361,7 @@ impl Replicator {
         let transfer = self.peers.get_mut(&from).and_then(|peer| peer.transfer.as_mut());
         let Some(held) = transfer.and_then(|transfer| transfer.handle_ack(id, &refused)) else { return };
         for record in &held {
-            self.note_held(from, record);
+            self.note_held(from, version(record));
         }
         self.note_refused(from, refused.len());
         self.finish_transfers();
@@ -340,9 +374,16 @@ impl Replicator {
         }
     }
 
+    /// A comparison has shown that `peer` holds these.
+    pub fn handle_compared(&mut self, now: Instant, peer: MemberId, held: &[Held]) {
+        self.advance(now);
+        for &version in held {
+            self.note_held(peer, version);
+        }
+    }
+
     /// `peer` holds this version: if it is the backup of a flow of ours, the flow is protected.
-    fn note_held(&mut self, peer: MemberId, record: &Record) {
-        let (key, birth, update) = (record.key, record.birth, record.update);
+    fn note_held(&mut self, peer: MemberId, (key, birth, update): Held) {
         if self.backup_of_own(&key) != Some(peer) {
             if self.unprotected.contains_key(&key) && self.pending_holders(&key)[1] == Some(peer) {
                 self.held_ahead.insert(key, (peer, birth, update));
@@ -369,7 +410,7 @@ impl Replicator {
         }
         let backup = self.backup_of_own(&record.key);
         if backup == Some(from) {
-            self.note_held(from, &record);
+            self.note_held(from, version(&record));
         }
         for to in self.holders(&record.key).into_iter().flatten().filter(|&to| to != from) {
             if backup == Some(to) {

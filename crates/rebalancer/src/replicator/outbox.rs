@@ -15,11 +15,19 @@ use crate::codec::Item;
 /// What is to be told of one flow, in this order.
 #[derive(Debug, Default)]
 struct Slot {
-    /// Birth, and whether it is for the cache.
-    end: Option<(u64, bool)>,
+    end: Option<End>,
     associate: Option<Associate>,
     /// Birth and when a packet was seen, as idle milliseconds at a time.
     touch: Option<(u64, u32, Instant)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct End {
+    birth: u64,
+    /// When a packet was seen, as idle milliseconds at a time.
+    idle_ms: u32,
+    at: Instant,
+    cache: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -93,7 +101,7 @@ impl Outbox {
         };
         let newer = std::mem::take(slot);
         slot.merge(at, item);
-        newer.for_each_item(*item.key(), at, |at, item| slot.merge(at, item));
+        newer.for_each_item(*item.key(), |at, item| slot.merge(at, item));
     }
 
     /// Drops what tells of a life of `key` up to `birth`: it has ended, and somebody else said so.
@@ -111,7 +119,7 @@ impl Outbox {
             && let Some(key) = self.order.pop_front()
         {
             let Some(slot) = self.slots.remove(&key) else { continue };
-            slot.for_each_item(key, now, |at, item| items.push(aged_item(item, at, now)));
+            slot.for_each_item(key, |at, item| items.push(aged_item(item, at, now)));
         }
         items
     }
@@ -128,12 +136,14 @@ impl Slot {
                 });
             }
             Item::Hint { record } => self.associate(Associate { record, at, purpose: Purpose::Hint }),
-            Item::End { birth, cache, .. } => {
+            Item::End { birth, idle_ms, cache, .. } => {
                 self.drop_life(birth);
-                self.end = match self.end {
-                    Some((known, known_cache)) => Some((known.max(birth), known_cache && cache)),
-                    None => Some((birth, cache)),
-                };
+                let new = End { birth, idle_ms, at, cache };
+                self.end = Some(match self.end {
+                    Some(known) if known.birth > birth => End { cache: known.cache && cache, ..known },
+                    Some(known) => End { cache: known.cache && cache, ..new },
+                    None => new,
+                });
             }
             Item::Touch { birth, idle_ms, .. } => self.touch = Some((birth, idle_ms, at)),
             // Questions and answers have a queue of their own: they are not worth repeating.
@@ -143,7 +153,7 @@ impl Slot {
 
     fn associate(&mut self, new: Associate) {
         let birth = new.record.birth;
-        if birth != 0 && self.end.is_some_and(|(ended, _)| birth <= ended) {
+        if birth != 0 && self.end.is_some_and(|end| birth <= end.birth) {
             return;
         }
         match &mut self.associate {
@@ -169,9 +179,9 @@ impl Slot {
     }
 
     /// The slot's items in the order in which they are to be applied, with the time of their idle times.
-    fn for_each_item(self, key: FlowKey, now: Instant, mut f: impl FnMut(Instant, Item)) {
-        if let Some((birth, cache)) = self.end {
-            f(now, Item::End { key, birth, cache });
+    fn for_each_item(self, key: FlowKey, mut f: impl FnMut(Instant, Item)) {
+        if let Some(End { birth, idle_ms, at, cache }) = self.end {
+            f(at, Item::End { key, birth, idle_ms, cache });
         }
         if let Some(Associate { record, at, purpose }) = self.associate {
             f(
@@ -195,8 +205,8 @@ pub(super) fn aged_item(mut item: Item, at: Instant, now: Instant) -> Item {
         Item::Associate { record, .. } | Item::Hint { record } => {
             record.idle_ms = aged(record.idle_ms, at, now)
         }
-        Item::Touch { idle_ms, .. } => *idle_ms = aged(*idle_ms, at, now),
-        Item::End { .. } | Item::IdleQuery { .. } | Item::IdleReply { .. } => {}
+        Item::Touch { idle_ms, .. } | Item::End { idle_ms, .. } => *idle_ms = aged(*idle_ms, at, now),
+        Item::IdleQuery { .. } | Item::IdleReply { .. } => {}
     }
     item
 }
@@ -215,7 +225,7 @@ mod tests {
     }
 
     fn end(n: u16, birth: u64) -> Item {
-        Item::End { key: key(n), birth, cache: false }
+        Item::End { key: key(n), birth, idle_ms: 0, cache: false }
     }
 
     fn outbox(items: &[Item]) -> (Instant, Outbox) {

@@ -91,12 +91,13 @@ impl Transfer {
     }
 
     /// Drops records that `ended` says have ended, from what has not been sent.
-    fn take(&mut self, max: usize, ended: impl Fn(&Record) -> bool) -> Vec<Waiting> {
+    fn take(&mut self, max: usize, ended: impl Fn(&Record, Instant) -> bool) -> Vec<Waiting> {
         let mut records = Vec::new();
         while records.len() < max
             && let Some(waiting) = self.queue.pop_front()
         {
-            if ended(&waiting.record) {
+            let idle = Duration::from_millis(waiting.record.idle_ms.into());
+            if ended(&waiting.record, waiting.at.checked_sub(idle).unwrap_or(waiting.at)) {
                 self.sent += 1;
                 self.acked += 1;
             } else {
@@ -117,7 +118,7 @@ impl Transfer {
         now: Instant,
         pace: &mut Pace,
         next_id: &mut u64,
-        ended: impl Fn(&Record) -> bool,
+        ended: impl Fn(&Record, Instant) -> bool,
     ) -> Option<(u64, Vec<Item>)> {
         if let Some(&id) = self.again.first() {
             let chunk = self.inflight.get_mut(&id)?;

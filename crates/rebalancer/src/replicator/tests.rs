@@ -195,7 +195,7 @@ fn an_end_reaches_backup_and_caches_and_what_is_older_does_not_come_back() {
     let n = world.flow_of(1, 2);
     world.open(n, 1);
     world.settle();
-    let old = world.record(1, n).unwrap();
+    let old = Record { idle_ms: 60_000, ..world.record(1, n).unwrap() };
     assert!(world.node(3).table.cache.contains_key(&key(n)));
     world.change(1, n, FlowState::Closing);
     world.settle();
@@ -227,6 +227,61 @@ fn an_end_reaches_backup_and_caches_and_what_is_older_does_not_come_back() {
     world.open(n, 2);
     world.settle();
     assert_eq!(world.has(n), [1, 2]);
+}
+
+#[test]
+fn an_end_does_not_take_what_has_seen_a_packet_since() {
+    for seen_since in [false, true] {
+        let mut world = World::new(&[1, 2]);
+        let n = world.flow_of(1, 2);
+        world.open(n, 1);
+        world.settle();
+        // The owner is cut off, and ends by itself what the other goes on to forward.
+        world.disconnect(1, 2);
+        world.switch(&[(1, 1)]);
+        world.advance(SECOND * 60);
+        if seen_since {
+            let now = world.now;
+            world.node(2).table.flows.get_mut(&key(n)).unwrap().1 = now;
+        }
+        world.advance(SECOND);
+        world.expired(1, n);
+        world.settle();
+        assert_eq!(world.has(n), [2]);
+        let end = Item::End {
+            key: key(n),
+            birth: world.record(2, n).unwrap().birth,
+            idle_ms: 61_000,
+            cache: false,
+        };
+        world.connect(1, 2);
+        world.switch(&[(1, 1), (2, 1)]);
+        world.node(1).replicator.push(MemberId(2), end);
+        world.settle();
+        assert_eq!(world.has(n), if seen_since { vec![2] } else { vec![] });
+        if seen_since {
+            // It is taken again by who has ended it.
+            let now = world.now;
+            let record = world.record(2, n).unwrap();
+            let offer =
+                TransferPlan { holders: [(MemberId(1), vec![record])].into(), ..TransferPlan::default() };
+            world.node(2).replicator.begin_transfer(now, offer);
+            world.settle();
+            assert_eq!(world.has(n), [1, 2]);
+        }
+    }
+}
+
+#[test]
+fn a_state_that_changed_on_a_cache_hit_of_a_holder_is_held_and_told() {
+    let mut world = World::new(&[1, 2]);
+    let n = world.flow_of(1, 2);
+    let mut cached = record(n, 1);
+    (cached.birth, cached.update, cached.state) = (7, 3, FlowState::Established);
+    world.event(1, FlowEventKind::Cached, false, cached);
+    world.settle();
+    assert_eq!(world.has(n), [1, 2]);
+    assert_eq!(world.unprotected(), 0);
 }
 
 #[test]
@@ -799,7 +854,7 @@ fn who_offers_a_flow_that_has_ended_is_told_of_its_end() {
     assert_eq!(world.has(1), []);
     // The backup has missed it, and offers what it has in a comparison.
     world.node(backup).table.flows.insert(key(1), kept);
-    let table = BTreeMap::from([(MemberId(owner), vec![kept.0])]);
+    let table = BTreeMap::from([(MemberId(owner), vec![Record { idle_ms: 2_000, ..kept.0 }])]);
     let now = world.now;
     let offer = TransferPlan { holders: table, ..TransferPlan::default() };
     world.nodes.get_mut(&backup).unwrap().replicator.ended = Births::new(10, SECOND);
@@ -845,12 +900,15 @@ fn tombstones_are_bounded_in_number_and_time() {
     let start = crate::testing::epoch();
     let mut ended = Births::new(3, SECOND * 10);
     for n in 0..4 {
-        ended.insert(start, key(n), 100);
+        ended.insert(start, key(n), 100, start - SECOND);
     }
-    assert!(!ended.bars(&key(0), 100), "the oldest made room");
-    assert!(ended.bars(&key(3), 100) && ended.bars(&key(3), 99));
-    assert!(!ended.bars(&key(3), 101), "a later life is not barred");
-    assert!(!ended.bars(&key(3), 0), "nor one that has no birth yet");
+    let bars = |ended: &Births, n, birth, seen| ended.bars(&key(n), birth, seen).is_some();
+    let seen = start - 2 * SECOND;
+    assert!(!bars(&ended, 0, 100, seen), "the oldest made room");
+    assert!(bars(&ended, 3, 100, seen) && bars(&ended, 3, 99, seen));
+    assert!(!bars(&ended, 3, 101, seen), "a later life is not barred");
+    assert!(!bars(&ended, 3, 0, seen), "nor one that has no birth yet");
+    assert!(!bars(&ended, 3, 100, start), "nor one that has been seen since");
     ended.expire(start + SECOND * 10);
-    assert!(!ended.bars(&key(3), 100));
+    assert!(!bars(&ended, 3, 100, seen));
 }

@@ -72,6 +72,15 @@ pub enum Apply {
         /// 0: whenever it was last seen.
         min_idle_ms: u32,
     },
+    /// Another member says that this life of the flow is over: as [`Apply::Remove`], but `Stale` only if the entry lives.
+    End {
+        /// The flow.
+        key: FlowKey,
+        /// The life.
+        birth: u64,
+        /// As there: an entry that has seen a packet since lives.
+        min_idle_ms: u32,
+    },
     /// A packet of the flow was seen elsewhere this long ago; never makes an entry look older.
     Touch {
         /// The flow.
@@ -103,6 +112,9 @@ pub enum Apply {
         update: u32,
     },
 }
+
+/// A flow in one version: key, birth and update.
+pub type Held = (FlowKey, u64, u32);
 
 /// What the forwarder did with one [`Apply`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -33,7 +33,7 @@ impl Checker for Held {
         for (number, flow) in world.flows.iter().enumerate() {
             // What was opened a moment ago may be on its way; what was lost and found again is a recovered one.
             let old = flow.established.is_some_and(|at| world.now.saturating_sub(at).as_secs() >= 2);
-            if !flow.is_live() || !old || flow.excused || world.settings.cramped.is_some() {
+            if !flow.is_live() || !old || flow.excused || flow.guessed || world.settings.cramped.is_some() {
                 continue;
             }
             let held: Vec<(usize, Record)> = world

@@ -7,11 +7,16 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use phalanx_control::TableRanking;
+use phalanx_flow::FlowKey;
+use phalanx_rebalancer::Ranking as _;
+
 use super::{Checker, Findings};
 use crate::schedule::Change;
 use crate::world::World;
 use crate::world::event::Packet;
 use crate::world::node::backend_number;
+use crate::world::traffic::Phase;
 
 /// How long replication of one flow may take where all is well.
 const REPLICATED: Duration = Duration::from_millis(500);
@@ -40,7 +45,8 @@ struct Loss {
     until: Option<Duration>,
 }
 
-/// The members with a daemon that have the flow as it is.
+/// The members with a daemon that have the flow as it is, and may be asked for it: what was sent ahead of a change that is not in force
+/// yet is nobody's to ask for, and no table says that it is there.
 fn holders(world: &World, flow: usize) -> BTreeSet<usize> {
     let entry = &world.flows[flow];
     world
@@ -51,8 +57,32 @@ fn holders(world: &World, flow: usize) -> BTreeSet<usize> {
                 .as_ref()
                 .and_then(|forwarder| phalanx_forwarder::Forwarder::get(&**forwarder, &entry.key));
             record.is_some_and(|record| Some(backend_number(&record.backend)) == entry.backend)
+                && !is_ahead(world, *node, &entry.key)
         })
         .collect()
+}
+
+/// Whether only the table of a planned change gives `node` the flow.
+fn is_ahead(world: &World, node: usize, key: &FlowKey) -> bool {
+    let (id, Some(process)) = (world.nodes[node].id, &world.nodes[node].process) else { return false };
+    let planner = process.control.planner();
+    let gives = |table: &TableRanking| table.holders(table.row_of(key)).contains(&Some(id));
+    planner.pending().is_some_and(|table| gives(&table))
+        && !gives(&planner.current())
+        && !planner.previous().any(|table| gives(&table))
+}
+
+/// Whether the flow is one that a full table could not take: it goes on by the consistent choice, and that is counted (design §4).
+fn found_no_room(world: &World, node: usize, key: &FlowKey) -> bool {
+    let Some(forwarder) = &world.nodes[node].forwarder else { return false };
+    let full = phalanx_forwarder::Forwarder::counters(&**forwarder).table_full > 0;
+    let (id, process) = (world.nodes[node].id, &world.nodes[node].process);
+    let has_row = process.as_ref().is_none_or(|process| {
+        let planner = process.control.planner();
+        let gives = |table: &TableRanking| table.holders(table.row_of(key)).contains(&Some(id));
+        gives(&planner.current()) || planner.previous().any(|table| gives(&table))
+    });
+    full && has_row && world.nodes[node].is_cramped()
 }
 
 /// For each member, which members it exchanges packets with.
@@ -148,7 +178,14 @@ impl Checker for Sticky {
                 });
             now && here
         });
-        if excused {
+        // What no member has seen a packet of for so long is over, as far as members can know.
+        let life = match flow.phase {
+            Phase::HalfClosed | Phase::Closing => world.settings.linger,
+            _ => world.settings.idle,
+        };
+        let over = world.now.saturating_sub(flow.forwarded) > life;
+        let no_room = (0..world.nodes.len()).any(|node| found_no_room(world, node, &flow.key));
+        if excused || no_room || over {
             return findings.excused.push(packet.flow);
         }
         let held: Vec<usize> = holders(world, packet.flow).into_iter().map(|node| node + 1).collect();

@@ -129,7 +129,9 @@ impl World {
     /// The daemon of `node` ends without a word; its forwarder too, or not.
     pub(super) fn end_daemon(&mut self, node: usize, forwarder: bool) {
         let entry = &mut self.nodes[node];
-        entry.process = None;
+        if let Some(process) = entry.process.take() {
+            entry.note = process.control.planner().snapshot();
+        }
         entry.stalled = None;
         entry.stalls += 1;
         if forwarder {

@@ -158,6 +158,14 @@ pub(crate) enum Event {
         flow: usize,
         token: u64,
     },
+    /// A backend still waits for the client's word that the connection is open.
+    SynAckAgain {
+        flow: usize,
+        life: u32,
+        sequence: u32,
+        backend: usize,
+        tries: u32,
+    },
 }
 
 impl Event {

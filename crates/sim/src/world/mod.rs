@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_control::SharedTables;
-use phalanx_flow::decide::Decision;
+use phalanx_flow::decide::{Decision, Outcome};
 use phalanx_flow::{Arrival, FlowKey, MemberId, Verdict};
 use rand::RngExt as _;
 use rand::rngs::StdRng;
@@ -123,6 +123,7 @@ impl World {
             },
             usable: Vec::new(),
             leaving: false,
+            note: None,
             steady_since: Duration::ZERO,
         };
         let nodes: Vec<Node> = (0..nodes).map(|at| make(at, &mut rng)).collect();
@@ -303,6 +304,9 @@ impl World {
                 self.at_client(flow, life, sequence, backend, reply);
             }
             Event::Client { flow, token } => self.client(flow, token),
+            Event::SynAckAgain { flow, life, sequence, backend, tries } => {
+                self.syn_ack_again(flow, life, sequence, backend, tries);
+            }
         }
     }
 
@@ -347,6 +351,14 @@ impl World {
         let decision = forwarder.rule(&parsed, arrival);
         if decision.event.is_some() {
             self.tick_soon(node);
+        }
+        match decision.outcome {
+            Outcome::Recovered => self.flows[packet.flow].guessed = true,
+            Outcome::Hit | Outcome::CacheHit | Outcome::New => {
+                let flow = &mut self.flows[packet.flow];
+                (flow.guessed, flow.forwarded) = (false, self.now);
+            }
+            _ => {}
         }
         if self.watched == Some(packet.flow) {
             let line = format!(

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_control::planner::UNSETTLED;
-use phalanx_control::{Control, Fixed, Planner, Service, Settings as ControlSettings, SharedTables};
+use phalanx_control::{
+    Control, Fixed, Planner, Service, Settings as ControlSettings, SharedTables, Snapshot,
+};
 use phalanx_flow::slots::RankedBackend;
 use phalanx_flow::{BackendId, MemberId, MemberSlot, Method};
 use phalanx_forwarder::Handoff;
@@ -25,6 +27,9 @@ pub const SERVICE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 pub const TCP_PORT: u16 = 443;
 /// See [`TCP_PORT`].
 pub const UDP_PORT: u16 = 4433;
+
+/// Members of a large cluster that everybody knows from the start; of a small one, all are.
+const SEEDS: usize = 16;
 
 /// Wall-clock time when virtual time starts.
 const WALL_MS: u64 = 1_800_000_000_000;
@@ -82,6 +87,8 @@ pub struct Node {
     /// Whether this member gives new flows to each backend, as far as it has heard.
     pub(super) usable: Vec<bool>,
     pub(super) leaving: bool,
+    /// What the last daemon left beside its pinned tables.
+    pub(super) note: Option<Snapshot>,
     /// Since when it has run without a break; the end of the last stall or start.
     pub steady_since: Duration,
 }
@@ -95,6 +102,11 @@ impl Node {
     /// Whether it is in the middle of a stall.
     pub fn is_stalled(&self) -> bool {
         self.stalled.is_some()
+    }
+
+    /// Whether it has room for few flows only.
+    pub fn is_cramped(&self) -> bool {
+        self.cramped.is_some()
     }
 
     /// This member's clock at virtual time `at`.
@@ -200,6 +212,11 @@ pub(super) fn start(
         planner.set_usable(service, usable, clock);
     }
     planner.settle(clock + UNSETTLED);
+    let resumed = match (&node.forwarder, &node.note) {
+        (Some(_), Some(note)) => planner.restore(note).map(|()| Some(node.boot)),
+        _ => Ok(None),
+    };
+    let resumed = resumed.map_err(|error| error.to_string())?;
     let forwarder = match &node.forwarder {
         Some(forwarder) => Arc::clone(forwarder),
         None => {
@@ -227,7 +244,7 @@ pub(super) fn start(
     let config = Config {
         boot: node.boot,
         session: node.life,
-        seeds: (0..3).map(address).collect(),
+        seeds: (0..(settings.members + settings.spares).min(SEEDS)).map(address).collect(),
         timing: settings.timing.clone(),
         metadata: metadata.clone(),
         shared: Shared { rows: Digest(settings.rows as u64), ..Shared::default() },
@@ -250,9 +267,13 @@ pub(super) fn start(
         policy: if settings.replicate_syn { Policy::Syn } else { Policy::Established },
         replication: settings.replication,
     };
+    let control = Control::new(control_settings, planner, replicator, forwarder);
     Ok(Process {
         membership,
-        control: Control::new(control_settings, planner, replicator, forwarder),
+        control: match resumed {
+            Some(boot) => control.resumed(boot),
+            None => control,
+        },
         last_view: Arc::default(),
         slots: BTreeMap::new(),
         echoes: Echoes::default(),

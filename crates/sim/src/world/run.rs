@@ -160,6 +160,9 @@ impl World {
                 return Some(format!("m{name} stands still"));
             }
             let Some(process) = &node.process else { continue };
+            if process.metadata.weight != node.weight {
+                return Some(format!("m{name} has not told of its weight yet"));
+            }
             if process.membership.state() != MemberState::Active {
                 return Some(format!("m{name} is {:?}", process.membership.state()));
             }
@@ -188,9 +191,14 @@ impl World {
                 && process.control.replicator().unprotected() > 0
                 && self.ranked() > 1
             {
+                let replicator = process.control.replicator();
+                let first = self.flows.iter().position(|flow| replicator.is_unprotected(&flow.key));
+                let record = first.zip(node.forwarder.as_ref()).and_then(|(flow, forwarder)| {
+                    phalanx_forwarder::Forwarder::get(&**forwarder, &self.flows[flow].key)
+                });
                 return Some(format!(
-                    "m{name} has {} unprotected flows",
-                    process.control.replicator().unprotected()
+                    "m{name} has {} unprotected flows, flow {first:?} among them: {record:?}",
+                    replicator.unprotected()
                 ));
             }
         }

@@ -21,6 +21,9 @@ const SYN_AGAIN: Duration = Duration::from_secs(1);
 /// SYNs sent before a client gives up.
 const SYNS: u32 = 6;
 
+/// SYN-ACKs that a backend sends again, doubling from [`SYN_AGAIN`] (Linux: `tcp_synack_retries`).
+const SYN_ACKS: u32 = 5;
+
 /// How a client behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
@@ -74,6 +77,10 @@ pub struct Flow {
     pub broken: bool,
     /// It was broken, and nothing could have saved it.
     pub excused: bool,
+    /// Nobody knew it when its last packet came, and it went by the consistent choice: until the next one it is held as half-open.
+    pub guessed: bool,
+    /// When a member last forwarded a packet of it by what it knew.
+    pub forwarded: Duration,
     /// Its backend died.
     pub orphaned: bool,
     /// Since when its last packet waits for an answer.
@@ -140,6 +147,8 @@ impl World {
                 established: None,
                 broken: false,
                 excused: false,
+                guessed: false,
+                forwarded: self.now,
                 orphaned: false,
                 waiting_since: None,
                 last_sent: self.now,
@@ -324,6 +333,10 @@ impl World {
             Kind::Syn | Kind::Datagram => {
                 server.connections.insert(key, packet.life);
                 self.flows[packet.flow].asked.insert(backend);
+                if packet.kind == Kind::Syn {
+                    let Packet { flow, life, sequence, .. } = packet;
+                    self.push_in(SYN_AGAIN, Event::SynAckAgain { flow, life, sequence, backend, tries: 1 });
+                }
                 Some(if packet.kind == Kind::Syn { Reply::SynAck } else { Reply::Ack })
             }
             Kind::Rst => {
@@ -350,12 +363,35 @@ impl World {
             }
         }
         if let Some(reply) = reply {
-            let [_, loss] = self.settings.loss;
-            if !self.network.random_bool(loss) {
-                let late = self.latency();
-                let Packet { flow, life, sequence, .. } = packet;
-                self.push_in(late, Event::AtClient { flow, life, sequence, backend, reply });
-            }
+            let Packet { flow, life, sequence, .. } = packet;
+            self.reply(flow, life, sequence, backend, reply);
+        }
+    }
+
+    fn reply(&mut self, flow: usize, life: u32, sequence: u32, backend: usize, reply: Reply) {
+        let [_, loss] = self.settings.loss;
+        if !self.network.random_bool(loss) {
+            let late = self.latency();
+            self.push_in(late, Event::AtClient { flow, life, sequence, backend, reply });
+        }
+    }
+
+    pub(super) fn syn_ack_again(
+        &mut self,
+        flow: usize,
+        life: u32,
+        sequence: u32,
+        backend: usize,
+        tries: u32,
+    ) {
+        let entry = &self.flows[flow];
+        let waits = self.backends[backend].alive
+            && self.backends[backend].connections.get(&entry.key) == Some(&life)
+            && entry.established.is_none();
+        if waits && tries <= SYN_ACKS {
+            self.reply(flow, life, sequence, backend, Reply::SynAck);
+            let pause = SYN_AGAIN * 2_u32.pow(tries);
+            self.push_in(pause, Event::SynAckAgain { flow, life, sequence, backend, tries: tries + 1 });
         }
     }
 
@@ -367,6 +403,11 @@ impl World {
         }
         match reply {
             Reply::SynAck => {
+                if entry.phase == Phase::Open && entry.backend == Some(backend) {
+                    // The backend has not heard our answer.
+                    let sequence = entry.sequence;
+                    return self.send(flow, Kind::Ack, sequence);
+                }
                 if entry.phase != Phase::Opening {
                     return;
                 }

@@ -64,6 +64,14 @@ impl Table {
                 }
                 _ => Stale,
             },
+            Apply::End { key, birth, min_idle_ms } => match self.get(now, &key) {
+                Some(record) if record.birth == birth && record.idle_ms < min_idle_ms => Stale,
+                Some(record) if record.birth == birth => {
+                    self.flows.remove(&key);
+                    Applied
+                }
+                _ => Applied,
+            },
             Apply::Touch { key, idle_ms } => match self.flows.get_mut(&key) {
                 Some((_, seen)) => {
                     *seen = (*seen).max(now - Duration::from_millis(idle_ms.into()));

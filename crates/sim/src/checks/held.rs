@@ -43,7 +43,9 @@ impl Checker for Held {
                     Some((node, phalanx_forwarder::Forwarder::get(&**forwarder, &flow.key)?))
                 })
                 .collect();
-            check(world, &table, number, &held, findings);
+            if !(held.is_empty() && flow.lost) {
+                check(world, &table, number, &held, findings);
+            }
         }
     }
 }

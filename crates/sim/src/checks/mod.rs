@@ -31,6 +31,8 @@ pub struct Findings {
     pub violations: Vec<Violation>,
     /// Flows of which every holder was lost: what becomes of them is nobody's fault.
     pub excused: Vec<usize>,
+    /// Flows of which the last copy within anybody's reach has just been lost, through nobody's fault.
+    pub lost: Vec<usize>,
     /// When.
     pub(crate) now: Duration,
     /// Who is asked.

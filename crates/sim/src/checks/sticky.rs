@@ -40,6 +40,8 @@ pub struct Sticky {
 
 #[derive(Clone, Debug)]
 struct Loss {
+    /// Of which use of the tuple.
+    life: u32,
     /// Members that could not reach a holder; empty: there is none.
     by: BTreeSet<usize>,
     until: Option<Duration>,
@@ -82,7 +84,8 @@ fn found_no_room(world: &World, node: usize, key: &FlowKey) -> bool {
         let gives = |table: &TableRanking| table.holders(table.row_of(key)).contains(&Some(id));
         gives(&planner.current()) || planner.previous().any(|table| gives(&table))
     });
-    full && has_row && world.nodes[node].is_cramped()
+    let has_it = phalanx_forwarder::Forwarder::get(&**forwarder, key).is_some();
+    full && has_row && !has_it && world.nodes[node].is_cramped()
 }
 
 /// For each member, which members it exchanges packets with.
@@ -110,7 +113,7 @@ impl Checker for Sticky {
         self.reach = reach(world);
     }
 
-    fn changed(&mut self, world: &World, change: &Change, _: &mut Findings) {
+    fn changed(&mut self, world: &World, change: &Change, findings: &mut Findings) {
         let after = reach(world);
         self.lost.resize(world.flows.len(), None);
         let calm = world.now.saturating_sub(self.trouble) >= RESTORED && !world.is_troubled();
@@ -133,16 +136,18 @@ impl Checker for Sticky {
                 }
             }
             if held.is_empty() && after.iter().all(|reached| reached.is_empty() || !by.is_empty()) {
-                self.lost[flow] = Some(Loss { by: BTreeSet::new(), until: None });
+                self.lost[flow] = Some(Loss { life: entry.life, by: BTreeSet::new(), until: None });
+                findings.lost.push(flow);
             } else if !by.is_empty() {
                 let until = Some(world.now + MERGED);
                 match &mut self.lost[flow] {
-                    Some(Loss { until: None, .. }) => {}
-                    Some(loss) => {
-                        loss.by.extend(by);
-                        loss.until = until;
+                    Some(loss) if loss.life == entry.life => {
+                        if loss.until.is_some() {
+                            loss.by.extend(by);
+                            loss.until = until;
+                        }
                     }
-                    none => *none = Some(Loss { by, until }),
+                    none => *none = Some(Loss { life: entry.life, by, until }),
                 }
             }
         }
@@ -176,7 +181,7 @@ impl Checker for Sticky {
                     let node = usize::from(*node);
                     loss.by.contains(&node) || loss.by.iter().any(|other| world.linked(node, *other))
                 });
-            now && here
+            loss.life == packet.life && now && here
         });
         // What no member has seen a packet of for so long is over, as far as members can know.
         let life = match flow.phase {

@@ -422,6 +422,9 @@ impl World {
         for flow in excused {
             self.flows[flow].excused = true;
         }
+        for flow in std::mem::take(&mut findings.lost) {
+            self.flows[flow].lost = true;
+        }
         for violation in &findings.violations[before..] {
             let line = format!("!! {}: {}", violation.checker, violation.what);
             self.tell(|| line);

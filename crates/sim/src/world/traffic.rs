@@ -77,6 +77,8 @@ pub struct Flow {
     pub broken: bool,
     /// It was broken, and nothing could have saved it.
     pub excused: bool,
+    /// The last copy of it was lost, and nothing could have kept it.
+    pub lost: bool,
     /// Nobody knew it when its last packet came, and it went by the consistent choice: until the next one it is held as half-open.
     pub guessed: bool,
     /// When a member last forwarded a packet of it by what it knew.
@@ -147,6 +149,7 @@ impl World {
                 established: None,
                 broken: false,
                 excused: false,
+                lost: false,
                 guessed: false,
                 forwarded: self.now,
                 orphaned: false,
@@ -247,6 +250,8 @@ impl World {
                 entry.asked.clear();
                 entry.heard = 0;
                 entry.sent = 0;
+                (entry.broken, entry.excused, entry.lost) = (false, false, false);
+                (entry.orphaned, entry.guessed, entry.forwarded) = (false, false, self.now);
                 self.say(flow, Kind::Syn);
             }
             _ => {}

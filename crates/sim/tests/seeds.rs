@@ -21,7 +21,7 @@ const THREADS: usize = 2;
 const OPEN: [&str; 1] = ["sticky"];
 
 /// Not one more: whatever breaks connections again is seen here.
-const MOST_OPEN: usize = 8;
+const MOST_OPEN: usize = 6;
 
 #[test]
 fn the_same_seed_gives_the_same_run() {

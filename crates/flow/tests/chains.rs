@@ -10,7 +10,9 @@
     reason = "tests run on the host and may fail loudly"
 )]
 
-use phalanx_flow::decide::{Action, Choice, Local, MAX_HOPS, Service, ServiceMatch, Tables, Verdict, decide};
+use phalanx_flow::decide::{
+    Action, Choice, DropReason, Local, MAX_HOPS, Service, ServiceMatch, Tables, Verdict, decide,
+};
 use phalanx_flow::member::Liveness;
 use phalanx_flow::packet::{Fragment, Packet, PacketKind, tcp_flags};
 use phalanx_flow::{
@@ -412,4 +414,36 @@ fn with_views_that_differ_some_flows_reach_two_backends() {
     });
     let split = split.count();
     assert!(split > 10, "{split} of {}", CASES / 10);
+}
+
+/// On the last hop, where nobody can be asked any more.
+#[test]
+fn who_has_no_lease_guesses_only_where_there_is_nobody_else() {
+    let (mut members, _) = agreeing(&mut Dice(1));
+    let member = &mut members[0];
+    let last_hop = Arrival { hops: MAX_HOPS, ..Arrival::WIRE };
+    let [alone, two] = [[0, u16::MAX, u16::MAX], [0, 1, u16::MAX]]
+        .map(|ranks| Row { ranks: ranks.map(MemberSlot), flags: 0 });
+    let other = Row { ranks: [1, u16::MAX, u16::MAX].map(MemberSlot), flags: 0 };
+    let guess = Verdict::Forward(BackendIndex(0));
+    let drop = Verdict::Drop(DropReason::NotJoined);
+    for (row, leased, expected) in [
+        (alone, true, guess),
+        (alone, false, guess),
+        (two, true, guess),
+        (two, false, drop),
+        (other, true, guess),
+        (other, false, drop),
+    ] {
+        member.rows = [row; 2];
+        member.leased = leased;
+        for packet in [SYN, DATA, packet(PacketKind::Datagram, Fragment::Whole)] {
+            let verdict = decide(&packet, &last_hop, member).verdict;
+            assert_eq!(verdict, expected, "{row:?}, leased: {leased}, {packet:?}");
+        }
+        // What it knows it forwards, lease or not.
+        member.flow = Some((DATA.key, entry(3, FlowState::Established)));
+        assert_eq!(decide(&DATA, &last_hop, member).verdict, Verdict::Forward(BackendIndex(3)));
+        member.flow = None;
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use phalanx_flow::packet::{FrameBuf, HEADROOM, Link};
 use phalanx_flow::{BackendId, MemberSlot};
 
-use crate::engine::{Engine, TableLimits};
+use crate::engine::{Clock, Engine, TableLimits};
 use crate::plan::Plan;
 use crate::rewrite::{self, Offload, OwnFrame, Scratch, Sink};
 use crate::{Counters, Forwarder, InstallError, SendError};
@@ -39,7 +39,12 @@ pub struct MemoryForwarder {
 impl MemoryForwarder {
     /// A forwarder that carries out `plan`, with empty tables and no lease.
     pub fn new(plan: Plan, limits: TableLimits) -> Result<Self, InstallError> {
-        Ok(Self { engine: Engine::new(plan, limits)?, sent: Mutex::default() })
+        Self::with_clock(plan, limits, Clock::started_now())
+    }
+
+    /// The same, and `clock` says what time it is.
+    pub fn with_clock(plan: Plan, limits: TableLimits, clock: Clock) -> Result<Self, InstallError> {
+        Ok(Self { engine: Engine::with_clock(plan, limits, clock)?, sent: Mutex::default() })
     }
 
     /// The engine inside.

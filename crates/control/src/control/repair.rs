@@ -37,7 +37,7 @@ const ANSWER_WAIT: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub(super) struct Repair {
     next: Option<Instant>,
-    round: u64,
+    pub(super) round: u64,
     asked: Vec<(MemberId, Digests)>,
     differing: Vec<(MemberId, BTreeSet<u32>)>,
     /// Flows of the comparison under way that we do not know to be protected: by backup, with the row.

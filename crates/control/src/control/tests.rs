@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use phalanx_flow::decide::Outcome;
 use phalanx_flow::packet::Link;
@@ -11,16 +12,19 @@ use phalanx_flow::table::BackupSite;
 use phalanx_flow::{BackendId, FlowFlags, FlowSeed, Method};
 use phalanx_forwarder::Handoff;
 use phalanx_forwarder::conformance::frames::frame;
-use phalanx_forwarder::engine::TableLimits;
+use phalanx_forwarder::engine::{Clock, TableLimits};
 use phalanx_forwarder::memory::MemoryForwarder;
 use phalanx_membership::{Metadata, Wish};
 
 use super::*;
 use crate::planner::Fixed;
 
+mod aging;
+
 const FLOWS: u16 = 60;
 /// What a member's flow table takes.
 const LIMIT: usize = 10_000;
+const IDLE: Duration = Duration::from_secs(900);
 const LINGER: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(500);
 
@@ -34,7 +38,7 @@ fn service() -> Service {
         port: 80,
         protocol: phalanx_flow::key::TCP,
         backends: vec![backend()],
-        idle: Duration::from_secs(900),
+        idle: IDLE,
         linger: LINGER,
         reset_linger: Duration::from_secs(5),
         half_open: Duration::from_secs(10),
@@ -61,6 +65,8 @@ fn record(n: u16) -> Record {
 
 struct Site {
     now: Instant,
+    /// What the forwarders tell the time by: the milliseconds that have passed.
+    elapsed_ms: Arc<AtomicU64>,
     members: BTreeMap<u32, (Control, Arc<MemoryForwarder>)>,
     /// Pairs that are cut off from each other.
     cut: Vec<(u32, u32)>,
@@ -74,7 +80,15 @@ impl Site {
     )]
     fn new(ids: &[u32]) -> Self {
         let now = Instant::now();
-        let mut site = Self { now, members: BTreeMap::new(), cut: Vec::new(), said: Vec::new() };
+        let mut site = Self {
+            now,
+            elapsed_ms: Arc::default(),
+            members: BTreeMap::new(),
+            cut: Vec::new(),
+            said: Vec::new(),
+        };
+        // Flows may have been idle since before the start.
+        site.elapsed_ms.store(IDLE.as_millis() as u64, Ordering::Relaxed);
         for &id in ids {
             let fixed = Fixed {
                 local: MemberId(id),
@@ -89,7 +103,9 @@ impl Site {
             let mut planner = Planner::new(fixed).expect("64 rows");
             planner.set_services(&[service()]);
             let limits = TableLimits { flows: LIMIT, half_open: 1000, ..TableLimits::default() };
-            let forwarder = Arc::new(MemoryForwarder::new(planner.plan(), limits).expect("a plan"));
+            let clock = Clock::Told(Arc::clone(&site.elapsed_ms));
+            let forwarder =
+                Arc::new(MemoryForwarder::with_clock(planner.plan(), limits, clock).expect("a plan"));
             let rate = NonZeroU32::new(1_000_000).expect("not zero");
             let config = phalanx_rebalancer::Config { local: MemberId(id), transfer_rate: rate };
             let replicator = Replicator::new(config, now, 1_700_000_000_000);
@@ -171,6 +187,7 @@ impl Site {
         let until = self.now + time;
         while self.now < until {
             self.now += TICK;
+            self.elapsed_ms.fetch_add(TICK.as_millis() as u64, Ordering::Relaxed);
             for (control, _) in self.members.values_mut() {
                 control.handle_timeout(self.now);
             }

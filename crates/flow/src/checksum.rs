@@ -124,17 +124,18 @@ const fn add(a: u64, b: u64) -> u64 {
     sum.wrapping_add(carry as u64)
 }
 
-/// The checksum of an IPv4 header without options; its own field is not counted.
+/// The checksum of an IPv4 header without options, as its bytes are to stand there; of the header's words in the machine's order, its own
+/// field zero.
 #[inline(always)]
-pub const fn ipv4_header(header: &[u8; 20]) -> u16 {
-    let h = header;
-    // In the machine's own order and in larger words: the sum does not care (RFC 1071 §2).
-    let sum = (u32::from_ne_bytes([h[0], h[1], h[2], h[3]]) as u64)
-        .wrapping_add(u32::from_ne_bytes([h[4], h[5], h[6], h[7]]) as u64)
-        .wrapping_add(u32::from_ne_bytes([h[8], h[9], 0, 0]) as u64)
-        .wrapping_add(u32::from_ne_bytes([h[12], h[13], h[14], h[15]]) as u64)
-        .wrapping_add(u32::from_ne_bytes([h[16], h[17], h[18], h[19]]) as u64);
-    u16::from_be_bytes(finish(sum).to_ne_bytes())
+pub const fn ipv4_header(words: [u32; 5]) -> [u8; 2] {
+    // The sum does not care for the order, nor for words that are larger (RFC 1071 §2).
+    let [a, b, c, d, e] = words;
+    let sum = (a as u64)
+        .wrapping_add(b as u64)
+        .wrapping_add(c as u64)
+        .wrapping_add(d as u64)
+        .wrapping_add(e as u64);
+    finish(sum).to_ne_bytes()
 }
 
 /// `checksum` after a 16-bit word it covers changed from `old` to `new` (RFC 1624 §3, equation 3).
@@ -145,6 +146,18 @@ pub const fn update(checksum: u16, old: u16, new: u16) -> u16 {
     let sum = (sum & 0xffff).wrapping_add(sum >> 16);
     let sum = (sum & 0xffff).wrapping_add(sum >> 16);
     !(sum as u16)
+}
+
+/// The checksum of an IPv4 header, as its two bytes stand there, after one was taken from its time to live: [`update`] with both words
+/// known but for their difference, in whatever order the machine has.
+#[inline(always)]
+pub const fn with_lower_ttl(checksum: [u8; 2]) -> [u8; 2] {
+    // !old + new, whatever the protocol in the same word is.
+    const LESS: u16 = 0xfeff_u16.to_be();
+    let sum = (!u16::from_ne_bytes(checksum) as u32).wrapping_add(LESS as u32);
+    // Two words of 16 bits: once is enough.
+    let sum = (sum & 0xffff).wrapping_add(sum >> 16);
+    (!(sum as u16)).to_ne_bytes()
 }
 
 /// The sum of a pseudo-header (RFC 9293 §3.1, RFC 8200 §8.1); IPv4 addresses are mapped ones.

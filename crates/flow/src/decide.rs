@@ -92,6 +92,11 @@ pub trait Tables {
     fn service(&self, key: &FlowKey) -> ServiceMatch;
     /// The row of a flow.
     fn row_of(&self, key: &FlowKey, hash: u64) -> u32;
+    /// The same where nobody needs the hash.
+    #[inline(always)]
+    fn hashed_row_of(&self, key: &FlowKey, seed: FlowSeed) -> u32 {
+        self.row_of(key, flow_hash(seed, key))
+    }
     /// A row of the current table.
     fn row(&self, row: u32) -> Row;
     /// The row in the previous table, while a handover window is open.
@@ -495,7 +500,7 @@ pub fn hit<T: Tables>(
     }
     let is_known_to_owner = is_unreported(&entry, &service, now_ms);
     if is_known_to_owner {
-        let row = tables.row(tables.row_of(&packet.key, flow_hash(seed, &packet.key)));
+        let row = tables.row(tables.hashed_row_of(&packet.key, seed));
         if row.owner() != local {
             return None;
         }

@@ -234,12 +234,7 @@ pub fn decrement_ttl<F: Frame>(frame: &mut F, family: u8, l3_offset: usize) -> R
             return Err(EncapError::TtlExpired);
         }
         let lower = ttl.wrapping_sub(1);
-        let [c0, c1] = checksum::update(
-            u16::from_be_bytes([c0, c1]),
-            u16::from_be_bytes([ttl, protocol]),
-            u16::from_be_bytes([lower, protocol]),
-        )
-        .to_be_bytes();
+        let [c0, c1] = checksum::with_lower_ttl([c0, c1]);
         written(frame.write(at, [lower, protocol, c0, c1]))
     } else {
         let at = l3_offset.wrapping_add(7);

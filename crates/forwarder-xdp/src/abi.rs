@@ -4,10 +4,12 @@
 //! A change of anything here is a change of [`VERSION`]: pinned maps of another version are not adopted.
 
 use phalanx_flow::decide::OUTCOMES;
+#[cfg(not(target_arch = "bpf"))]
+use phalanx_flow::key::{mapped, unmapped};
 use phalanx_flow::{FlowEntry, FlowKey};
 
 /// Version of these layouts.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Plans that exist at once: the one in force and the one being written.
 pub const PLANS: u32 = 2;
@@ -190,10 +192,10 @@ impl FrontService {
 /// Places of a plan.
 pub const FRONT: u32 = 256;
 
-/// Where a service stands among [`FRONT`] places; of its address, in words, and its port.
+/// Where a service stands among [`FRONT`] places; of its address, in words, and its port, as they stand in memory.
 #[inline(always)]
-pub fn front_place(first: u64, second: u64, port_be: [u8; 2]) -> u32 {
-    let mixed = (first ^ second ^ u16::from_ne_bytes(port_be) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+pub fn front_place(first: u64, second: u64, port: u16) -> u32 {
+    let mixed = (first ^ second ^ port as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (mixed >> 56) as u32
 }
 
@@ -218,6 +220,27 @@ pub struct MemberKey {
     /// Which of the two plans.
     pub plan: u32,
 }
+
+/// A flow of IPv4 in the table of such flows: a [`FlowKey`] without what all of them have in common, because the kernel hashes and
+/// compares keys whole, and that is the largest part of what a lookup costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(8))]
+pub struct Key4 {
+    /// The client's address.
+    pub source: [u8; 4],
+    /// The service's address.
+    pub destination: [u8; 4],
+    /// The client's port, in network byte order.
+    pub source_port: [u8; 2],
+    /// The service's port, in network byte order.
+    pub destination_port: [u8; 2],
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: [u8; 3],
+}
+
+const _: () = assert!(size_of::<Key4>() == 16);
 
 /// Ports of a fragmented packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -471,6 +494,34 @@ pub mod change {
 
 /// Changes in one run of [`APPLY`].
 pub const MAX_CHANGES: usize = 32;
+
+#[cfg(not(target_arch = "bpf"))]
+impl Key4 {
+    /// The key of a flow of family 4.
+    pub fn of(key: &FlowKey) -> Self {
+        Self {
+            source: unmapped(key.source),
+            destination: unmapped(key.destination),
+            source_port: key.source_port,
+            destination_port: key.destination_port,
+            protocol: key.protocol,
+            reserved: [0; 3],
+        }
+    }
+
+    /// The flow.
+    pub fn flow(&self) -> FlowKey {
+        FlowKey {
+            source: mapped(self.source),
+            destination: mapped(self.destination),
+            source_port: self.source_port,
+            destination_port: self.destination_port,
+            protocol: self.protocol,
+            family: 4,
+            reserved: [0; 2],
+        }
+    }
+}
 
 #[cfg(not(target_arch = "bpf"))]
 impl Change {

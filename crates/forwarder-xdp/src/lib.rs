@@ -13,6 +13,8 @@
 
 pub mod abi;
 mod error;
+mod events;
+mod forward;
 mod macs;
 mod map;
 mod maps;
@@ -23,42 +25,35 @@ mod pass;
 mod pins;
 mod punts;
 mod run;
+mod scan;
 mod writer;
 
-use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use aya::maps::{MapData, RingBuf};
+use phalanx_flow::BackendId;
 use phalanx_flow::decide::DropReason;
-use phalanx_flow::{BackendId, FlowEntry, FlowEvent, FlowEventKind, FlowKey, MemberSlot, Record, flow_hash};
-use phalanx_forwarder::engine::entry::{entry_of, is_replaced, life, record_of};
 use phalanx_forwarder::engine::{Engine, TableLimits};
-use phalanx_forwarder::{
-    Counters, Drop as Reason, Forwarder, InstallError, NextHops, Plan, RowSet, SendError, Upserted, rewrite,
-};
+use phalanx_forwarder::{Drop as Reason, InstallError, Plan};
 
-use abi::{Change, EVENT_ECHO, MAX_CHANGES, RawEvent, change, drops};
+use abi::drops;
 pub use error::StartError;
+use events::Events;
 use macs::OwnMacs;
-use maps::{Maps, now_ms};
+use maps::{Flows, Kind, Maps, now_ms};
 pub use pass::attach_pass;
 pub use pins::{detach, usual_directory};
 use run::run;
+use scan::{Counted, Scan};
 use writer::{Names, Site, Writer};
 
-/// How often the tables are searched for entries whose time is over.
-const SCAN_EVERY_MS: u64 = 1_000;
 /// Blocks of the table of slots beyond those of twice the services at the start: room for services that a reload adds.
 const SPARE_SLOT_BLOCKS: u32 = 8;
-/// A count of the flows is used for this long: counting a full table takes tenths of a second.
-const COUNT_EVERY_MS: u64 = 1_000;
 
 const _: () = assert!(
     drops::MALFORMED == Reason::Malformed as usize
@@ -117,44 +112,6 @@ pub struct XdpForwarder {
     attached: Mutex<Option<pins::Attached>>,
 }
 
-/// Events of flows that are kept at the most while only echoes are asked for; what is beyond stays in the kernel's ring.
-const MAX_WAITING: usize = 1 << 16;
-
-/// What the kernel tells: events of flows and echoes come by one ring.
-struct Events {
-    ring: RingBuf<MapData>,
-    /// Events of flows that were before an echo.
-    waiting: VecDeque<RawEvent>,
-}
-
-impl Events {
-    /// The next event of a flow; what comes before it goes where it belongs.
-    fn next(&mut self, echoes: &mut Vec<u64>) -> Option<RawEvent> {
-        self.waiting.pop_front().or_else(|| self.read(echoes))
-    }
-
-    /// The same out of the ring.
-    fn read(&mut self, echoes: &mut Vec<u64>) -> Option<RawEvent> {
-        while let Some(item) = self.ring.next() {
-            match RawEvent::from_bytes(&item) {
-                Some(event) if event.kind == EVENT_ECHO => echoes.push(event.entry.birth),
-                Some(event) => return Some(event),
-                None => {}
-            }
-        }
-        None
-    }
-
-    /// Goes through the ring for the echoes in it.
-    fn find_echoes(&mut self, echoes: &mut Vec<u64>) {
-        while self.waiting.len() < MAX_WAITING
-            && let Some(event) = self.read(echoes)
-        {
-            self.waiting.push_back(event);
-        }
-    }
-}
-
 /// What an earlier process left, and this one goes on with.
 #[derive(Clone, Debug)]
 pub struct Adopted {
@@ -174,24 +131,12 @@ struct AdoptedHops {
     given_up: AtomicBool,
 }
 
-/// Where the search for entries whose time is over stands.
-#[derive(Debug, Default)]
-struct Scan {
-    table: usize,
-    cursor: Option<u32>,
-    next_ms: u64,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Counted {
-    until_ms: u64,
-    flows: u64,
-    half_open: u64,
-    cached: u64,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl XdpForwarder {
@@ -254,8 +199,8 @@ impl XdpForwarder {
                 });
             } else {
                 tracing::warn!("the pinned tables are of another hash seed: their flows are forgotten");
-                for table in [&maps.flows, &maps.half_open, &maps.cache] {
-                    clear(&maps, table);
+                for (kind, table) in maps.tables() {
+                    clear(&maps, kind, table);
                 }
                 writer = old_writer;
             }
@@ -298,7 +243,7 @@ impl XdpForwarder {
             macs,
             caching: AtomicBool::new(caching),
             installed: AtomicBool::new(adopted.is_none()),
-            events: Mutex::new(Events { ring: events, waiting: VecDeque::new() }),
+            events: Mutex::new(Events::new(events)),
             echoes: Mutex::default(),
             scan: Mutex::default(),
             counted: Mutex::default(),
@@ -369,122 +314,6 @@ impl XdpForwarder {
         let site = Site { macs: lock(&self.macs).current(), caching, keep_hops };
         writer.write(&self.maps, &mut names, &self.engine.plan(), &self.engine.next_hops(), site)
     }
-
-    /// Has the kernel make changes of flows; which of them were made.
-    fn change(&self, changes: &[Change]) -> Vec<bool> {
-        let mut made = Vec::with_capacity(changes.len());
-        let attached = lock(&self.attached);
-        let apply =
-            attached.as_ref().ok_or(io::ErrorKind::NotConnected.into()).and_then(|it| it.program(abi::APPLY));
-        for changes in changes.chunks(MAX_CHANGES) {
-            let mut bytes = Vec::with_capacity(size_of_val(changes));
-            for change in changes {
-                bytes.extend_from_slice(&change.to_bytes());
-            }
-            let answer = match &apply {
-                Ok(program) => program
-                    .fd()
-                    .map_err(io::Error::other)
-                    .and_then(|program| run(program.as_fd(), &bytes, None)),
-                Err(error) => Err(error.kind().into()),
-            };
-            match answer {
-                Ok((_, answer)) => {
-                    made.extend(answer.chunks_exact(size_of::<Change>()).map(|change| change[40] == 1))
-                }
-                Err(error) => {
-                    tracing::error!(%error, "the kernel makes no changes of flows");
-                    made.extend(changes.iter().map(|_| false));
-                }
-            }
-        }
-        made
-    }
-
-    fn record(&self, names: &Names, key: &FlowKey, entry: &FlowEntry, now_ms: u64) -> Option<Record> {
-        Some(record_of(key, entry, names.name(entry.backend)?, now_ms))
-    }
-
-    fn upsert_one(&self, names: &Names, record: &Record, now_ms: u64) -> Upserted {
-        let Some(backend) = names.number(&record.backend) else { return Upserted::UnknownBackend };
-        let mut entry = entry_of(record, backend, now_ms);
-        let known = self.maps.entry(&record.key);
-        if let Some((current, _)) = &known {
-            if !is_replaced(current, names.name(current.backend), record) {
-                return Upserted::Stale;
-            }
-            entry.last_seen_ms = entry.last_seen_ms.max(current.last_seen_ms);
-        }
-        let _ = self.maps.cache.delete(&record.key);
-        if self.maps.put(&record.key, &entry, known.map(|(_, established)| established)) {
-            Upserted::Applied
-        } else {
-            self.table_full.fetch_add(1, Ordering::Relaxed);
-            Upserted::Full
-        }
-    }
-
-    /// Searches a share of the tables for entries whose time is over.
-    fn find_expired(&self, events: &mut Vec<FlowEvent>) {
-        let mut scan = lock(&self.scan);
-        let now_ms = now_ms();
-        if now_ms < scan.next_ms {
-            return;
-        }
-        let plan = self.engine.plan();
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        let table = [&self.maps.flows, &self.maps.half_open, &self.maps.cache][scan.table];
-        let cached = scan.table == 2;
-        let mut over = Vec::new();
-        let next = table.batch(scan.cursor, &mut |key, entry| {
-            let life = match cached {
-                true => plan.service_of(key).map_or(Duration::ZERO, |service| service.idle),
-                false => life(&plan, key, entry),
-            };
-            if now_ms.saturating_sub(entry.last_seen_ms) > life.as_millis() as u64 {
-                over.push((*key, *entry));
-            }
-        });
-        for (key, entry) in over {
-            if cached {
-                let _ = table.delete(&key);
-            } else if let Some(record) = self.record(&names, &key, &entry, now_ms) {
-                events.push(FlowEvent { kind: FlowEventKind::Expired, at_once: false, record });
-            } else {
-                self.maps.delete(table, &key);
-            }
-        }
-        scan.cursor = next.unwrap_or(None);
-        if scan.cursor.is_none() {
-            scan.table = (scan.table + 1) % 3;
-            if scan.table == 0 {
-                scan.next_ms = now_ms + SCAN_EVERY_MS;
-            }
-        }
-    }
-
-    fn counted(&self) -> Counted {
-        let mut counted = lock(&self.counted);
-        let now_ms = now_ms();
-        if now_ms >= counted.until_ms {
-            let count = |table: &map::Map<FlowKey, FlowEntry>| {
-                let mut count = 0_u64;
-                let _ = table.each(&mut |_, _| count += 1);
-                count
-            };
-            *counted = Counted {
-                flows: count(&self.maps.flows),
-                half_open: count(&self.maps.half_open),
-                cached: count(&self.maps.cache),
-                until_ms: 0,
-            };
-            // A small table is counted each time.
-            if counted.flows + counted.half_open + counted.cached > 10_000 {
-                counted.until_ms = now_ms + COUNT_EVERY_MS;
-            }
-        }
-        *counted
-    }
 }
 
 impl Drop for XdpForwarder {
@@ -493,245 +322,10 @@ impl Drop for XdpForwarder {
     }
 }
 
-fn clear(maps: &Maps, table: &map::Map<FlowKey, FlowEntry>) {
+fn clear(maps: &Maps, kind: Kind, table: &dyn Flows) {
     let mut keys = Vec::new();
     let _ = table.each(&mut |key, _| keys.push(*key));
     for key in keys {
-        maps.delete(table, &key);
+        maps.delete(kind, &key);
     }
-}
-
-impl Forwarder for XdpForwarder {
-    fn install(&self, plan: Plan) -> Result<(), InstallError> {
-        if plan.members.len() > abi::MAX_MEMBERS as usize {
-            return Err(InstallError::Inconsistent(format!("more than {} members", abi::MAX_MEMBERS)));
-        }
-        self.engine.install(plan)?;
-        self.installed.store(true, Ordering::Relaxed);
-        self.write()
-    }
-
-    fn set_next_hops(&self, next_hops: NextHops) {
-        let hops = &self.adopted_hops;
-        let over = now_ms() >= hops.until_ms && !hops.given_up.swap(true, Ordering::Relaxed);
-        // The daemon says this again whenever a link has changed.
-        let moved = lock(&self.macs).refresh();
-        if !over && !moved && *self.engine.next_hops() == next_hops {
-            return;
-        }
-        self.engine.set_next_hops(next_hops);
-        if let Err(error) = self.write() {
-            tracing::error!(%error, "the kernel did not take the next hops");
-        }
-    }
-
-    fn renew_lease(&self, term: Duration) {
-        let until_ms = if term.is_zero() { 0 } else { now_ms() + term.as_millis() as u64 };
-        if let Err(error) = self.maps.lease.put(&0, &until_ms) {
-            tracing::error!(%error, "the lease was not renewed");
-        }
-    }
-
-    fn remember(&self, note: &[u8]) {
-        if let Some(kept) = &self.note
-            && let Err(error) = kept.write(note)
-        {
-            tracing::error!(%error, "a restart will not go on with these flows");
-        }
-    }
-
-    fn upsert(&self, records: &[Record]) -> Vec<Upserted> {
-        let now_ms = now_ms();
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        records.iter().map(|record| self.upsert_one(&names, record, now_ms)).collect()
-    }
-
-    fn remove(&self, key: &FlowKey, birth: u64, min_idle: Duration) -> bool {
-        let seen_ms = now_ms().saturating_sub(min_idle.as_millis() as u64);
-        self.change(&[Change { key: *key, what: change::REMOVE, update: 0, birth, seen_ms }]) == [true]
-    }
-
-    fn stamp(&self, key: &FlowKey, birth: u64) -> bool {
-        self.change(&[Change { key: *key, what: change::STAMP, update: 0, birth, seen_ms: 0 }]) == [true]
-    }
-
-    fn protect(&self, key: &FlowKey, birth: u64, update: u32) {
-        self.change(&[Change { key: *key, what: change::PROTECT, update, birth, seen_ms: 0 }]);
-    }
-
-    fn touch(&self, flows: &[(FlowKey, u32)]) {
-        let now_ms = now_ms();
-        let changes: Vec<Change> = flows
-            .iter()
-            .map(|(key, idle_ms)| Change {
-                key: *key,
-                what: change::TOUCH,
-                update: 0,
-                birth: 0,
-                seen_ms: now_ms.saturating_sub(u64::from(*idle_ms)),
-            })
-            .collect();
-        self.change(&changes);
-    }
-
-    fn upsert_cache(&self, records: &[Record]) {
-        if !self.caching.load(Ordering::Relaxed) {
-            if !self.installed.load(Ordering::Relaxed) {
-                // An adopted plan, which says that there is no cache, stays in force until the first of our own.
-                return;
-            }
-            self.caching.store(true, Ordering::Relaxed);
-            if let Err(error) = self.write() {
-                tracing::error!(%error, "the kernel was not told that there is a cache");
-                self.caching.store(false, Ordering::Relaxed);
-                return;
-            }
-        }
-        let now_ms = now_ms();
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        for record in records {
-            let Some(backend) = names.number(&record.backend) else { continue };
-            if self.maps.entry(&record.key).is_some() {
-                continue;
-            }
-            let current = self.maps.cache.get(&record.key).ok().flatten();
-            if current.is_none_or(|current| is_replaced(&current, names.name(current.backend), record)) {
-                let _ = self.maps.cache.put(&record.key, &entry_of(record, backend, now_ms));
-            }
-        }
-    }
-
-    fn remove_cache(&self, keys: &[FlowKey]) {
-        for key in keys {
-            let _ = self.maps.cache.delete(key);
-        }
-    }
-
-    fn flush_cache(&self) -> Vec<Record> {
-        let now_ms = now_ms();
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        let mut found = HashMap::new();
-        let _ = self.maps.cache.each(&mut |key, entry| {
-            found.insert(*key, *entry);
-        });
-        let mut records = Vec::with_capacity(found.len());
-        for (key, entry) in found {
-            let _ = self.maps.cache.delete(&key);
-            records.extend(self.record(&names, &key, &entry, now_ms));
-        }
-        records
-    }
-
-    fn get(&self, key: &FlowKey) -> Option<Record> {
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        let (entry, _) = self.maps.entry(key)?;
-        self.record(&names, key, &entry, now_ms())
-    }
-
-    fn visit(&self, rows: &RowSet, show: &mut dyn FnMut(&Record)) {
-        let plan = self.engine.plan();
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        let now_ms = now_ms();
-        for table in [&self.maps.flows, &self.maps.half_open] {
-            let read = table.each(&mut |key, entry| {
-                let row = plan.plan.row_function.row_of(key, flow_hash(plan.plan.seed, key));
-                if rows.contains(row)
-                    && let Some(record) = self.record(&names, key, entry, now_ms)
-                {
-                    show(&record);
-                }
-            });
-            if let Err(error) = read {
-                tracing::error!(%error, "the flow table cannot be read");
-            }
-        }
-    }
-
-    fn poll_events(&self, events: &mut Vec<FlowEvent>, limit: usize) -> bool {
-        let before = events.len();
-        self.find_expired(events);
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        let mut told = lock(&self.events);
-        let now_ms = now_ms();
-        while events.len() - before < limit {
-            let Some(event) = told.next(&mut lock(&self.echoes)) else { return false };
-            if let (Some(kind), Some(record)) =
-                (kind_of(event.kind), self.record(&names, &event.key, &event.entry, now_ms))
-            {
-                events.push(FlowEvent { kind, at_once: event.at_once != 0, record });
-            }
-        }
-        true
-    }
-
-    fn send_echo(&self, to: MemberSlot, token: u64) -> Result<(), SendError> {
-        let frame = rewrite::echo_frame(&self.engine.batch(), to, token)?;
-        Ok(punts::send_frame(frame.interface, &frame.bytes)?)
-    }
-
-    fn poll_echoes(&self, tokens: &mut Vec<u64>) {
-        let mut told = lock(&self.events);
-        let mut echoes = lock(&self.echoes);
-        told.find_echoes(&mut echoes);
-        tokens.append(&mut echoes);
-    }
-
-    fn send_probe(&self, backend: &BackendId, ip_packet: &[u8]) -> Result<(), SendError> {
-        let frame = rewrite::probe_frame(&self.engine.batch(), backend, ip_packet)?;
-        Ok(punts::send_frame(frame.interface, &frame.bytes)?)
-    }
-
-    /// Nothing waits here: the kernel processes a packet when it comes.
-    fn discard_backlog(&self) {}
-
-    /// The program runs whenever a packet comes; whether packets come is for the echoes between members to show.
-    fn idle_for(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn counters(&self) -> Counters {
-        let mut counters = self.engine.read_counters();
-        // What went in and neither came out nor is there was pushed out.
-        let mut half_open = self.maps.half_open_balance.load(Ordering::Relaxed);
-        for cpu in self.maps.counters.per_cpu(self.cpus).unwrap_or_default() {
-            for (sum, value) in counters.outcomes.iter_mut().zip(cpu.outcomes) {
-                *sum += value;
-            }
-            for (sum, value) in counters.drops.iter_mut().zip(cpu.drops) {
-                *sum += value;
-            }
-            counters.handoffs_in += cpu.handoffs_in;
-            counters.table_full += cpu.table_full;
-            counters.events_lost += cpu.events_lost;
-            counters.fib_lookups += cpu.fib_lookups;
-            counters.other_host += cpu.other_host;
-            counters.punted += cpu.punted;
-            half_open += cpu.half_open_in.cast_signed() - cpu.half_open_out.cast_signed();
-            counters.drops[Reason::RingFull as usize] += cpu.punts_lost;
-            counters.drops[Reason::Transmit as usize] += cpu.faults;
-        }
-        counters.table_full += self.table_full.load(Ordering::Relaxed);
-        let counted = self.counted();
-        counters.flows = counted.flows;
-        counters.half_open = counted.half_open;
-        counters.cached = counted.cached;
-        // Counting takes time, in which flows come and go: so it is never taken back.
-        let evicted = (half_open - counted.half_open.cast_signed()).max(0).cast_unsigned();
-        counters.half_open_evicted =
-            self.half_open_evicted.fetch_max(evicted, Ordering::Relaxed).max(evicted);
-        counters
-    }
-}
-
-fn kind_of(number: u8) -> Option<FlowEventKind> {
-    [
-        FlowEventKind::New,
-        FlowEventKind::Changed,
-        FlowEventKind::Touched,
-        FlowEventKind::Cached,
-        FlowEventKind::Hint,
-        FlowEventKind::Expired,
-    ]
-    .into_iter()
-    .find(|kind| *kind as u8 == number)
 }

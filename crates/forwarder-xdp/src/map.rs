@@ -10,7 +10,8 @@ use aya::maps::{Map as AyaMap, MapData};
 use phalanx_flow::{FlowEntry, FlowKey, Row};
 
 use crate::abi::{
-    Backend, CpuCounters, FailedKey, FrontService, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue,
+    Backend, CpuCounters, FailedKey, FrontService, Header, Key4, Member, MemberKey, Ports, ServiceKey,
+    ServiceValue,
 };
 
 /// Commands of `bpf(2)` (`include/uapi/linux/bpf.h`).
@@ -47,7 +48,7 @@ macro_rules! plain {
         )*
     };
 }
-plain!(FlowKey FlowEntry Row Backend CpuCounters FailedKey FrontService Header Member MemberKey Ports ServiceKey ServiceValue);
+plain!(FlowKey FlowEntry Row Backend CpuCounters FailedKey FrontService Header Key4 Member MemberKey Ports ServiceKey ServiceValue);
 
 #[repr(C)]
 #[derive(Default)]

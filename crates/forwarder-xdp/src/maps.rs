@@ -8,13 +8,14 @@ use aya::maps::{MapData, RingBuf};
 use phalanx_flow::{FlowEntry, FlowKey, FlowState, Row};
 
 use crate::abi::{
-    Backend, CpuCounters, FailedKey, FrontService, Header, Member, MemberKey, Ports, ServiceKey, ServiceValue,
+    Backend, CpuCounters, FailedKey, FrontService, Header, Key4, Member, MemberKey, Ports, ServiceKey,
+    ServiceValue,
 };
 use crate::map::{Map, data};
 
 /// The maps that a restart of the daemon adopts; `STAGES` and `WORK` belong to one load: what stages tell each other has the layout
 /// of its programs.
-pub(crate) const KEPT: [&str; 18] = [
+pub(crate) const KEPT: [&str; 19] = [
     "ACTIVE",
     "LEASE",
     "HEADERS",
@@ -26,7 +27,8 @@ pub(crate) const KEPT: [&str; 18] = [
     "FAILED",
     "ROW_TABLE",
     "SLOT_TABLE",
-    "FLOWS",
+    "FLOWS4",
+    "FLOWS6",
     "HALF_OPEN",
     "CACHE",
     "FRAGMENTS",
@@ -47,8 +49,9 @@ pub(crate) struct Maps {
     pub(crate) failed: Map<FailedKey, u32>,
     pub(crate) rows: Map<u32, Row>,
     pub(crate) slots: Map<u32, u32>,
-    pub(crate) flows: Map<FlowKey, FlowEntry>,
-    pub(crate) half_open: Map<FlowKey, FlowEntry>,
+    flows4: Map<Key4, FlowEntry>,
+    flows6: Map<FlowKey, FlowEntry>,
+    half_open: Map<FlowKey, FlowEntry>,
     pub(crate) cache: Map<FlowKey, FlowEntry>,
     pub(crate) fragments: Map<FlowKey, Ports>,
     pub(crate) counters: Map<u32, CpuCounters>,
@@ -81,7 +84,8 @@ impl Maps {
             failed: Map::new(map("FAILED")?)?,
             rows: Map::new(map("ROW_TABLE")?)?,
             slots: Map::new(slots)?,
-            flows: Map::new(map("FLOWS")?)?,
+            flows4: Map::new(map("FLOWS4")?)?,
+            flows6: Map::new(map("FLOWS6")?)?,
             half_open: Map::new(map("HALF_OPEN")?)?,
             cache: Map::new(map("CACHE")?)?,
             fragments: Map::new(map("FRAGMENTS")?)?,
@@ -91,39 +95,140 @@ impl Maps {
         })
     }
 
-    /// The entry of a flow, and whether it is in the table of those that are not half-open.
-    pub(crate) fn entry(&self, key: &FlowKey) -> Option<(FlowEntry, bool)> {
-        match self.flows.get(key) {
-            Ok(Some(entry)) => Some((entry, true)),
-            _ => self.half_open.get(key).ok().flatten().map(|entry| (entry, false)),
+    /// All maps of flows, in the order in which they are searched for what is over.
+    pub(crate) fn tables(&self) -> [(Kind, &dyn Flows); 4] {
+        [
+            (Kind::Established, &self.flows4),
+            (Kind::Established, &self.flows6),
+            (Kind::HalfOpen, &self.half_open),
+            (Kind::Cached, &self.cache),
+        ]
+    }
+
+    /// The map that has the flow if it has come so far.
+    fn table(&self, kind: Kind, key: &FlowKey) -> &dyn Flows {
+        match (kind, key.family) {
+            (Kind::Established, 4) => &self.flows4,
+            (Kind::Established, _) => &self.flows6,
+            (Kind::HalfOpen, _) => &self.half_open,
+            (Kind::Cached, _) => &self.cache,
         }
     }
 
-    /// Writes an entry where its state belongs; false if the table is full.
-    pub(crate) fn put(&self, key: &FlowKey, entry: &FlowEntry, known: Option<bool>) -> bool {
-        let half_open = entry.flow_state() == FlowState::HalfOpen;
-        let (to, from) =
-            if half_open { (&self.half_open, &self.flows) } else { (&self.flows, &self.half_open) };
-        if to.put(key, entry).is_err() {
+    /// The entry of a flow that we hold, and where it is.
+    pub(crate) fn entry(&self, key: &FlowKey) -> Option<(FlowEntry, Kind)> {
+        [Kind::Established, Kind::HalfOpen]
+            .into_iter()
+            .find_map(|kind| Some((self.table(kind, key).get(key).ok().flatten()?, kind)))
+    }
+
+    /// Writes an entry where its state belongs; false if the table is full. `known`: where one is already.
+    pub(crate) fn put(&self, key: &FlowKey, entry: &FlowEntry, known: Option<Kind>) -> bool {
+        let kind = match entry.flow_state() {
+            FlowState::HalfOpen => Kind::HalfOpen,
+            _ => Kind::Established,
+        };
+        if self.table(kind, key).put(key, entry).is_err() {
             return false;
         }
-        let new = known != Some(!half_open);
-        if half_open && new {
+        if kind == Kind::HalfOpen && known != Some(kind) {
             self.half_open_balance.fetch_add(1, Ordering::Relaxed);
         }
-        if known == Some(half_open) {
-            self.delete(from, key);
+        if let Some(known) = known
+            && known != kind
+        {
+            self.delete(known, key);
         }
         true
     }
 
-    /// Deletes an entry of one of the three tables of flows.
-    pub(crate) fn delete(&self, table: &Map<FlowKey, FlowEntry>, key: &FlowKey) {
-        if table.delete(key).is_ok_and(|was_there| was_there)
-            && std::ptr::eq(table, &raw const self.half_open)
-        {
+    /// Deletes an entry.
+    pub(crate) fn delete(&self, kind: Kind, key: &FlowKey) {
+        if self.table(kind, key).delete(key).is_ok_and(|was_there| was_there) && kind == Kind::HalfOpen {
             self.half_open_balance.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+}
+
+/// What the entries of a map of flows are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Flows that are not half-open.
+    Established,
+    /// Half-open flows.
+    HalfOpen,
+    /// Flows of other members.
+    Cached,
+}
+
+/// A map of flows, whatever its keys are.
+pub(crate) trait Flows {
+    /// The entry of a flow.
+    fn get(&self, key: &FlowKey) -> io::Result<Option<FlowEntry>>;
+    /// Writes an entry, whatever is there.
+    fn put(&self, key: &FlowKey, entry: &FlowEntry) -> io::Result<()>;
+    /// Deletes an entry; whether it was there.
+    fn delete(&self, key: &FlowKey) -> io::Result<bool>;
+    /// As [`Map::batch`].
+    fn batch(
+        &self,
+        cursor: Option<u32>,
+        show: &mut dyn FnMut(&FlowKey, &FlowEntry),
+    ) -> io::Result<Option<u32>>;
+
+    /// Reads all of it.
+    fn each(&self, show: &mut dyn FnMut(&FlowKey, &FlowEntry)) -> io::Result<()> {
+        let mut cursor = None;
+        loop {
+            cursor = self.batch(cursor, show)?;
+            if cursor.is_none() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Flows for Map<FlowKey, FlowEntry> {
+    fn get(&self, key: &FlowKey) -> io::Result<Option<FlowEntry>> {
+        self.get(key)
+    }
+
+    fn put(&self, key: &FlowKey, entry: &FlowEntry) -> io::Result<()> {
+        self.put(key, entry)
+    }
+
+    fn delete(&self, key: &FlowKey) -> io::Result<bool> {
+        self.delete(key)
+    }
+
+    fn batch(
+        &self,
+        cursor: Option<u32>,
+        show: &mut dyn FnMut(&FlowKey, &FlowEntry),
+    ) -> io::Result<Option<u32>> {
+        self.batch(cursor, show)
+    }
+}
+
+impl Flows for Map<Key4, FlowEntry> {
+    fn get(&self, key: &FlowKey) -> io::Result<Option<FlowEntry>> {
+        self.get(&Key4::of(key))
+    }
+
+    fn put(&self, key: &FlowKey, entry: &FlowEntry) -> io::Result<()> {
+        self.put(&Key4::of(key), entry)
+    }
+
+    fn delete(&self, key: &FlowKey) -> io::Result<bool> {
+        self.delete(&Key4::of(key))
+    }
+
+    fn batch(
+        &self,
+        cursor: Option<u32>,
+        show: &mut dyn FnMut(&FlowKey, &FlowEntry),
+    ) -> io::Result<Option<u32>> {
+        self.batch(cursor, &mut |key, entry| show(&key.flow(), entry))
     }
 }
 

@@ -128,7 +128,8 @@ pub(crate) fn load(
     };
     let limit = |number: usize| u32::try_from(number).unwrap_or(u32::MAX).max(1);
     let sizes = [
-        ("FLOWS", limit(config.limits.flows)),
+        ("FLOWS4", limit(config.limits.flows)),
+        ("FLOWS6", limit(config.limits.flows)),
         ("HALF_OPEN", limit(config.limits.half_open)),
         ("CACHE", limit(config.limits.cached)),
         ("SLOT_TABLE", slot_blocks * SLOTS),

@@ -344,7 +344,7 @@ impl Writer {
                 resets: u32::from(!service.failed.is_empty()),
             };
             let word = |at: usize| address[at..].first_chunk().copied().map_or(0, u64::from_ne_bytes);
-            let place = &mut front[front_place(word(0), word(8), key.port_be) as usize];
+            let place = &mut front[front_place(word(0), word(8), u16::from_ne_bytes(key.port_be)) as usize];
             if *place == FrontService::EMPTY {
                 let [port0, port1] = key.port_be;
                 *place = FrontService { address, rest: [port0, port1, key.protocol, key.plan], value };

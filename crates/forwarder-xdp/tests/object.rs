@@ -29,9 +29,19 @@ fn the_object_has_the_programs_and_maps_that_the_loader_looks_for() {
     for program in STAGES.into_iter().chain([ENTRY, APPLY]) {
         assert!(names(program), "program {program}");
     }
-    for map in
-        ["ACTIVE", "LEASE", "HEADERS", "FLOWS", "HALF_OPEN", "CACHE", "EVENTS", "PUNTS", "STAGES", "WORK"]
-    {
+    for map in [
+        "ACTIVE",
+        "LEASE",
+        "HEADERS",
+        "FLOWS4",
+        "FLOWS6",
+        "HALF_OPEN",
+        "CACHE",
+        "EVENTS",
+        "PUNTS",
+        "STAGES",
+        "WORK",
+    ] {
         assert!(names(map), "map {map}");
     }
     assert!(!names("phalanx_nothing"), "and a name that is not there is not found");

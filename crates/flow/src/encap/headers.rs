@@ -71,12 +71,18 @@ pub(super) const fn ipv4(
         Some(id) => (id.to_be_bytes(), 0),
         None => ([0, 0], 0x40),
     };
-    let mut header = [
-        0x45, tos, l0, l1, i0, i1, flags, 0, ttl, protocol, 0, 0, s[0], s[1], s[2], s[3], d[0], d[1], d[2],
-        d[3],
-    ];
-    [header[10], header[11]] = checksum::ipv4_header(&header).to_be_bytes();
-    header
+    // In words, because the kernel's program has addresses in words, and would take them apart for a sum of bytes.
+    let (source, destination) = (u32::from_ne_bytes(s), u32::from_ne_bytes(d));
+    let [c0, c1] = checksum::ipv4_header([
+        u32::from_ne_bytes([0x45, tos, l0, l1]),
+        u32::from_ne_bytes([i0, i1, flags, 0]),
+        u32::from_ne_bytes([ttl, protocol, 0, 0]),
+        source,
+        destination,
+    ]);
+    let [s0, s1, s2, s3] = source.to_ne_bytes();
+    let [d0, d1, d2, d3] = destination.to_ne_bytes();
+    [0x45, tos, l0, l1, i0, i1, flags, 0, ttl, protocol, c0, c1, s0, s1, s2, s3, d0, d1, d2, d3]
 }
 
 /// The eight bytes of an IPv6 header before its addresses.

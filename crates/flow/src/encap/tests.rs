@@ -578,4 +578,11 @@ proptest! {
         changed[at] = new;
         prop_assert_eq!(checksum::update(sum(&words), words[at], new), sum(&changed));
     }
+
+    #[test]
+    fn a_checksum_updated_for_the_time_to_live_is_the_general_one(checksum: u16, ttl in 1..=255u8, protocol: u8) {
+        let word = |ttl| u16::from_be_bytes([ttl, protocol]);
+        let general = checksum::update(checksum, word(ttl), word(ttl - 1));
+        prop_assert_eq!(checksum::with_lower_ttl(checksum.to_be_bytes()), general.to_be_bytes());
+    }
 }

@@ -6,8 +6,9 @@ use phalanx_flow::packet::{Frame, Reader};
 use phalanx_flow::{FlowEntry, FlowFlags, FlowKey};
 
 use crate::abi::{Change, MAX_CHANGES, change};
+use crate::flows;
 use crate::frame::XdpFrame;
-use crate::maps::{FLOWS, HALF_OPEN};
+use crate::maps::HALF_OPEN;
 use crate::stages::counters;
 
 /// Run by `BPF_PROG_TEST_RUN` over up to [`MAX_CHANGES`] [`Change`]s. Each one's `what` becomes 1 if it was made, else 0.
@@ -32,7 +33,7 @@ const _: () = assert!(core::mem::offset_of!(Change, what) == 40);
 
 #[inline(always)]
 fn apply(change: &Change) -> bool {
-    let (entry, established) = match FLOWS.get_ptr_mut(&change.key) {
+    let (entry, established) = match flows::find_in_map(&change.key) {
         Some(entry) => (entry, true),
         None => match HALF_OPEN.get_ptr_mut(&change.key) {
             Some(entry) => (entry, false),
@@ -74,7 +75,7 @@ fn apply(change: &Change) -> bool {
 #[inline(always)]
 fn remove(key: &FlowKey, established: bool) -> bool {
     if established {
-        return FLOWS.remove(key).is_ok();
+        return flows::remove(key);
     }
     let removed = HALF_OPEN.remove(key).is_ok();
     if removed && let Some(counters) = counters() {

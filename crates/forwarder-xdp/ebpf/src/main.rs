@@ -15,6 +15,7 @@
 #[path = "../../src/abi.rs"]
 mod abi;
 mod apply;
+mod flows;
 mod frame;
 mod maps;
 mod stages;

@@ -6,10 +6,8 @@ use phalanx_flow::decide::Decision;
 use phalanx_flow::packet::Packet;
 use phalanx_flow::{FlowEntry, FlowKey, Row};
 
-use crate::tables::words;
-
 use crate::abi::{
-    Backend, CpuCounters, FRONT, FailedKey, FrontService, Header, MAX_BACKENDS, MAX_MEMBERS, Member,
+    Backend, CpuCounters, FRONT, FailedKey, FrontService, Header, Key4, MAX_BACKENDS, MAX_MEMBERS, Member,
     MemberKey, PLANS, Ports, ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, stage,
 };
 
@@ -46,9 +44,15 @@ pub(crate) static ROW_TABLE: Array<Row> = Array::with_max_entries(ROW_BLOCKS * R
 /// By block and slot.
 #[map]
 pub(crate) static SLOT_TABLE: Array<u32> = Array::with_max_entries(2 * SLOTS, 0);
-/// Flows, half-open ones not among them.
+/// Entries are allocated one by one (`BPF_F_NO_PREALLOC`): one of IPv4 then lies in two neighbouring cache lines, in memory that the
+/// kernel maps by large pages, and a table that is hardly used takes hardly any.
+const ONE_BY_ONE: u32 = 1;
+/// Flows of IPv4, half-open ones not among them.
 #[map]
-pub(crate) static FLOWS: HashMap<FlowKey, FlowEntry> = HashMap::with_max_entries(1024, 0);
+pub(crate) static FLOWS4: HashMap<Key4, FlowEntry> = HashMap::with_max_entries(1024, ONE_BY_ONE);
+/// The same of IPv6.
+#[map]
+pub(crate) static FLOWS6: HashMap<FlowKey, FlowEntry> = HashMap::with_max_entries(1024, ONE_BY_ONE);
 /// Half-open flows; old ones give way.
 #[map]
 pub(crate) static HALF_OPEN: LruHashMap<FlowKey, FlowEntry> = LruHashMap::with_max_entries(1024, 0);
@@ -75,11 +79,11 @@ pub(crate) static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 pub(crate) static STAGES: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
 
 impl Work {
-    /// Keeps the packet for the next stage; its key in words.
+    /// Keeps the packet for the next stage; its key is that of `words`.
     #[inline(always)]
-    pub(crate) fn keep(&mut self, packet: &Packet) {
+    pub(crate) fn keep(&mut self, packet: &Packet, words: [u64; 5]) {
         let key = (&raw mut self.packet.key).cast::<u64>();
-        for (place, word) in words(&packet.key).into_iter().enumerate() {
+        for (place, word) in words.into_iter().enumerate() {
             // SAFETY: a key is five words.
             unsafe { key.add(place).write_volatile(word) };
         }

@@ -7,16 +7,17 @@ use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use phalanx_flow::decide::{Choice, Local, Service, ServiceMatch, Tables};
 use phalanx_flow::hash::RowFunction;
 use phalanx_flow::member::Liveness;
-use phalanx_flow::{BackendIndex, FlowEntry, FlowKey, FlowSeed, MemberId, MemberSlot, Row};
+use phalanx_flow::{BackendIndex, FlowEntry, FlowKey, FlowSeed, MemberId, MemberSlot, Row, flow_hash};
 
 use crate::abi::{
     CRC8_ROWS, CpuCounters, FRONT, FailedKey, Header, MAX_MEMBERS, MemberKey, NO_BLOCK, ROWS, SLOTS,
     ServiceKey, ServiceValue, UNSETTLED, front_place,
 };
+use crate::flows;
 use crate::frame::read;
 use crate::maps::{
-    CACHE, FAILED, FLOWS, FRAGMENTS, FRONT_SERVICES, HALF_OPEN, LEASE, MEMBER_SLOTS, MEMBERS, ROW_TABLE,
-    SERVICES, SLOT_TABLE,
+    CACHE, FAILED, FRAGMENTS, FRONT_SERVICES, HALF_OPEN, LEASE, MEMBER_SLOTS, MEMBERS, ROW_TABLE, SERVICES,
+    SLOT_TABLE,
 };
 
 /// Where an entry was found.
@@ -33,6 +34,8 @@ pub(crate) struct View<const FAST: bool> {
     pub(crate) header: &'static Header,
     pub(crate) plan: u32,
     pub(crate) now_ms: u64,
+    /// The packet's key, with `FAST`; else keys are read where they lie, in a map.
+    words: [u64; 5],
     block: Cell<u32>,
     /// The entry that was found, so that it can be written in place.
     pub(crate) found: Cell<Option<*mut FlowEntry>>,
@@ -42,7 +45,7 @@ pub(crate) struct View<const FAST: bool> {
 /// Where a map's key stands. A key is put together in words: for bytes the compiler would call functions, and read what is in
 /// registers from memory.
 #[repr(C, align(8))]
-struct Aligned<T>(T);
+pub(crate) struct Aligned<T>(pub(crate) T);
 
 /// The words of a flow's key.
 #[inline(always)]
@@ -54,15 +57,38 @@ pub(crate) fn words(key: &FlowKey) -> [u64; 5] {
     [a, b, c, d, u64::from_ne_bytes([s0, s1, d0, d1, key.protocol, key.family, 0, 0])]
 }
 
-/// The same key in five registers. The compiler takes it apart into bytes, and would keep each in a place of its own on the stack.
+/// The words of a key that lies in memory.
 #[inline(always)]
-pub(crate) fn in_words(key: &FlowKey) -> FlowKey {
-    let [a, b, c, d, e] = words(key).map(|word| {
-        let mut word = word;
-        // SAFETY: no instruction; the compiler does not know that it is the same number.
-        unsafe { asm!("/* {0} */", inout(reg) word, options(pure, nomem, nostack, preserves_flags)) };
-        word
-    });
+pub(crate) fn in_map(key: &FlowKey) -> [u64; 5] {
+    const { assert!(size_of::<FlowKey>() == 40 && align_of::<FlowKey>() == 8) };
+    // SAFETY: it is five words.
+    unsafe { core::ptr::from_ref(key).cast::<[u64; 5]>().read() }
+}
+
+/// The same in five registers. The compiler takes a key apart into bytes, and would keep each in a place of its own on the stack.
+#[inline(always)]
+pub(crate) fn in_words(key: &FlowKey) -> [u64; 5] {
+    let [a, b, c, d, e] = words(key);
+    if key.family == 4 {
+        // The rest is known: see `mapped`.
+        return [a, opaque(b), c, opaque(d), opaque(e)];
+    }
+    [opaque(a), opaque(b), opaque(c), opaque(d), opaque(e)]
+}
+
+/// The same number, which the compiler does not know to be the same.
+#[inline(always)]
+fn opaque(word: u64) -> u64 {
+    let mut word = word;
+    // SAFETY: no instruction.
+    unsafe { asm!("/* {0} */", inout(reg) word, options(pure, nomem, nostack, preserves_flags)) };
+    word
+}
+
+/// The key of its words, of a family that the compiler knows.
+#[inline(always)]
+pub(crate) fn of_words(words: [u64; 5], family: u8) -> FlowKey {
+    let [a, b, c, d, e] = words;
     let [s0, s1, d0, d1, protocol, ..] = e.to_ne_bytes();
     FlowKey {
         source: join(a, b),
@@ -70,8 +96,7 @@ pub(crate) fn in_words(key: &FlowKey) -> FlowKey {
         source_port: [s0, s1],
         destination_port: [d0, d1],
         protocol,
-        // What the compiler knows of it is worth more.
-        family: key.family,
+        family,
         reserved: [0; 2],
     }
 }
@@ -107,15 +132,23 @@ pub(crate) fn coarse_ms(counters: &mut CpuCounters) -> u64 {
 
 impl<const FAST: bool> View<FAST> {
     #[inline(always)]
-    pub(crate) fn new(header: &'static Header, plan: u32, now_ms: u64) -> Self {
+    pub(crate) fn new(header: &'static Header, plan: u32, now_ms: u64, words: [u64; 5]) -> Self {
         Self {
             header,
             plan,
             now_ms,
+            words,
             block: Cell::new(NO_BLOCK),
             found: Cell::new(None),
             place: Cell::new(Place::Nowhere),
         }
+    }
+
+    /// The packet's key, put together anew: the compiler would take it apart where the words come from, for a use that is rare.
+    #[inline(always)]
+    pub(crate) fn key(&self, family: u8) -> FlowKey {
+        let [a, b, c, d, e] = self.words;
+        of_words([a, opaque(b), c, opaque(d), opaque(e)], family)
     }
 
     /// The flow that was found was seen now. Written only if the clock has moved: other CPUs may have the line.
@@ -176,18 +209,17 @@ impl<const FAST: bool> Tables for View<FAST> {
 
     #[inline(always)]
     fn service(&self, key: &FlowKey) -> ServiceMatch {
-        // On the long way the key is in a map.
-        let (a, b) = halves(&if FAST { key.destination } else { read(&key.destination) });
-        let [p0, p1] = key.destination_port;
-        let rest = [p0, p1, key.protocol, self.plan as u8];
-        let place = self.plan.wrapping_mul(FRONT).wrapping_add(front_place(a, b, key.destination_port));
+        let [_, _, a, b, ends] = if FAST { self.words } else { in_map(key) };
+        // Destination port, protocol and plan, as in a `ServiceKey`.
+        let rest = (ends >> 16) as u32 & 0xff_ffff | self.plan << 24;
+        let place = self.plan.wrapping_mul(FRONT).wrapping_add(front_place(a, b, (ends >> 16) as u16));
         if let Some(front) = FRONT_SERVICES.get(place)
             && halves(&read(&front.address)) == (a, b)
-            && u32::from_ne_bytes(read(&front.rest)) == u32::from_ne_bytes(rest)
+            && u32::from_ne_bytes(read(&front.rest)) == rest
         {
             return self.found_service(&front.value);
         }
-        let service = Aligned([a, b, u64::from(u32::from_ne_bytes(rest))]);
+        let service = Aligned([a, b, u64::from(rest)]);
         // SAFETY: entries of the plan in force are not changed; the words begin as a `ServiceKey`.
         if let Some(value) = unsafe { SERVICES.get(&*(&raw const service).cast::<ServiceKey>()) }
             && value.block != NO_BLOCK
@@ -207,6 +239,12 @@ impl<const FAST: bool> Tables for View<FAST> {
             CRC8_ROWS => RowFunction::Crc8.row_of(key, hash),
             mask => RowFunction::Rendezvous { mask }.row_of(key, hash),
         }
+    }
+
+    #[inline(always)]
+    fn hashed_row_of(&self, key: &FlowKey, seed: FlowSeed) -> u32 {
+        let key = if FAST { &self.key(key.family) } else { key };
+        self.row_of(key, flow_hash(seed, key))
     }
 
     #[inline(always)]
@@ -246,15 +284,7 @@ impl<const FAST: bool> Tables for View<FAST> {
 
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<FlowEntry> {
-        let aligned;
-        let key = if FAST {
-            aligned = Aligned(words(key));
-            // SAFETY: as many bytes as a key has.
-            unsafe { &*(&raw const aligned).cast::<FlowKey>() }
-        } else {
-            key
-        };
-        let found = match FLOWS.get_ptr_mut(key) {
+        let found = match if FAST { flows::find(key.family, self.words) } else { flows::find_in_map(key) } {
             Some(found) => {
                 self.place.set(Place::Flows);
                 found

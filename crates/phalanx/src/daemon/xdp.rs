@@ -33,8 +33,7 @@ pub(super) fn start(config: &Config, plan: Plan) -> anyhow::Result<Started> {
     let settings = Settings {
         interfaces: forwarder.interfaces.clone(),
         limits: TableLimits {
-            // One map for both families.
-            flows: forwarder.max_flows as usize * 2,
+            flows: forwarder.max_flows as usize,
             half_open: forwarder.max_half_open as usize,
             cached: match config.member.cache {
                 CacheMode::All => TableLimits::default().cached,

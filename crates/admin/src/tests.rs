@@ -73,6 +73,7 @@ impl AdminSource for Fake {
             ranking: Vec::new(),
             owner: Some(1),
             backup: None,
+            second_backup: None,
             acting_owner: Some(1),
             slot: None,
             consistent_backend: None,

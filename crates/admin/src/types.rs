@@ -136,6 +136,9 @@ pub struct Explain {
     pub owner: Option<u32>,
     /// Second of the ranking, or the best of another site.
     pub backup: Option<u32>,
+    /// Third of the ranking, where it holds flows too (`backups = 2`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_backup: Option<u32>,
     /// Who handles the flow now: the owner, or the backup while the owner is suspected.
     pub acting_owner: Option<u32>,
     /// The flow's slot in the backend table.
@@ -172,7 +175,7 @@ pub struct Ranked {
 pub struct Holder {
     /// The member.
     pub member: u32,
-    /// `owner`, `backup`, `former` or `cache`.
+    /// `owner`, `backup`, `second backup`, `former` or `cache`.
     pub role: String,
     /// The backend in its record.
     pub backend: IpAddr,

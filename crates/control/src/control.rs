@@ -449,8 +449,8 @@ impl Control {
         self.forwarder.touch(&flows);
     }
 
-    /// Flows that we own from now on and that were sent ahead: whoever sent them to us has sent them to our backup, or is it. The same if
-    /// our backup held the row before, as we did. The next comparison finds those it refused.
+    /// Flows that we own from now on and that were sent ahead: whoever sent them to us has sent them to our backups, or is one. The same
+    /// if our backups held the row before, as we did. The next comparison finds those it refused.
     fn protect_what_came_ahead(&self, change: &TableChange) {
         let local = Some(self.settings.local);
         let came_ahead = |row| {
@@ -460,11 +460,12 @@ impl Control {
         let rows = (0..change.new.row_count()).filter(|&row| {
             let holders = change.new.holders(row);
             let old = change.old.holders(row);
+            let mut backups = holders[1..].iter().flatten();
             let has_held =
-                |backup: MemberId| old.contains(&Some(backup)) && change.survivors.keeps_state(backup);
+                |backup: &MemberId| old.contains(&Some(*backup)) && change.survivors.keeps_state(*backup);
             holders[0] == local
                 && holders != old
-                && (came_ahead(row) || old.contains(&local) && holders[1].is_some_and(has_held))
+                && (came_ahead(row) || old.contains(&local) && holders[1].is_some() && backups.all(has_held))
         });
         let rows = RowSet::from_rows(rows);
         let mut ahead = Vec::new();

@@ -13,7 +13,7 @@ use phalanx_flow::table::{BackupSite, RankedMember, RankingError, RowTable};
 use phalanx_flow::{BackendId, BackendIndex, FlowKey, FlowSeed, MemberId, MemberSlot, Row, flow_hash};
 use phalanx_forwarder::{Handoff, Plan, PlanBackend, PlanMember, PlanService, SlotSet};
 use phalanx_membership::{KeyRing, MemberView, View};
-use phalanx_rebalancer::{Ranking, Survivors};
+use phalanx_rebalancer::{Holders, Ranking, Survivors};
 use serde::{Deserialize, Serialize};
 use siphasher::sip::SipHasher24;
 
@@ -39,6 +39,8 @@ pub struct Fixed {
     pub rows: usize,
     /// Where backups stand.
     pub site_rule: BackupSite,
+    /// Backups of every row: 1 or 2.
+    pub backups: usize,
     /// How packets are handed off.
     pub handoff: Handoff,
     /// `replicate = "syn"`.
@@ -97,6 +99,7 @@ pub struct TableRanking {
     /// The table.
     pub table: Arc<RowTable>,
     seed: FlowSeed,
+    backups: usize,
 }
 
 impl Ranking for TableRanking {
@@ -104,12 +107,15 @@ impl Ranking for TableRanking {
         self.table.row_function().row_of(key, flow_hash(self.seed, key))
     }
 
-    fn holders(&self, row: u32) -> [Option<MemberId>; 2] {
+    fn holders(&self, row: u32) -> Holders {
         if row >= self.row_count() {
-            return [None; 2];
+            return Holders::default();
         }
-        let [owner, backup, _] = self.table.ranking(row);
-        [owner, backup]
+        let mut holders: Holders = self.table.ranking(row);
+        if let Some(others) = holders.get_mut(self.backups + 1..) {
+            others.fill(None);
+        }
+        holders
     }
 
     fn row_count(&self) -> u32 {
@@ -207,7 +213,11 @@ impl Planner {
         let rows: Arc<[Row]> = table.to_rows(|_| MemberSlot::NONE).into();
         let local = PlanMember { id: fixed.local, address: fixed.address, liveness: Liveness::Alive };
         Ok(Self {
-            current: Arc::new(TableRanking { table: Arc::new(table), seed: fixed.seed }),
+            current: Arc::new(TableRanking {
+                table: Arc::new(table),
+                seed: fixed.seed,
+                backups: fixed.backups,
+            }),
             fixed,
             shared: None,
             services: Vec::new(),
@@ -226,6 +236,10 @@ impl Planner {
     /// The same, and it shares what it computes with the other planners of this process that have been given `tables`.
     pub fn sharing(self, tables: Arc<SharedTables>) -> Self {
         Self { shared: Some(tables), ..self }
+    }
+
+    fn rank(&self, table: Arc<RowTable>) -> Arc<TableRanking> {
+        Arc::new(TableRanking { table, seed: self.fixed.seed, backups: self.fixed.backups })
     }
 
     /// The row table of these members.
@@ -287,7 +301,7 @@ impl Planner {
             // We have just come: what was before us is everybody else's table.
             let others: Vec<RankedMember> =
                 ranked.iter().copied().filter(|member| member.id != self.fixed.local).collect();
-            Arc::new(TableRanking { table: self.row_table(&others)?, seed: self.fixed.seed })
+            self.rank(self.row_table(&others)?)
         } else {
             Arc::clone(&self.current)
         };
@@ -297,7 +311,7 @@ impl Planner {
         });
         let ahead = self.ahead(view);
         self.boots = boots;
-        self.current = Arc::new(TableRanking { table, seed: self.fixed.seed });
+        self.current = self.rank(table);
         self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
         if !old.table.members().is_empty() {
             let rows = old.table.to_rows(|id| self.slot_of(id)).into();
@@ -335,7 +349,7 @@ impl Planner {
             return Ok(None);
         }
         let table = self.row_table(&wanted)?;
-        let new = Arc::new(TableRanking { table, seed: self.fixed.seed });
+        let new = self.rank(table);
         let blank = view.members.iter().filter(|member| self.boots.get(&member.id) != Some(&member.boot));
         let change = TableChange {
             old: Arc::clone(&self.current),
@@ -414,7 +428,7 @@ impl Planner {
             .collect();
         self.boots = snapshot.ranked.iter().map(|&(id, _, _, boot)| (MemberId(id), boot)).collect();
         self.view_digest = snapshot.view_digest;
-        self.current = Arc::new(TableRanking { table: Arc::new(table), seed: self.fixed.seed });
+        self.current = self.rank(Arc::new(table));
         self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
         self.past.clear();
         self.pending = None;

@@ -232,6 +232,8 @@ pub struct Shared {
     pub rows: Digest,
     /// Where backups are looked for: it takes part in the ranking.
     pub backup_site: Digest,
+    /// How many backups a flow has.
+    pub backups: Digest,
     /// The port of handed-off packets.
     pub handoff_port: Digest,
     /// The services' addresses, ports and protocols; not their backends.
@@ -246,6 +248,7 @@ impl Shared {
             self.scoring,
             self.rows,
             self.backup_site,
+            self.backups,
             self.handoff_port,
             self.services,
             timing,
@@ -267,6 +270,8 @@ impl Shared {
             Some(SharedField::Rows)
         } else if self.backup_site != other.backup_site {
             Some(SharedField::BackupSite)
+        } else if self.backups != other.backups {
+            Some(SharedField::Backups)
         } else if self.handoff_port != other.handoff_port {
             Some(SharedField::HandoffPort)
         } else if self.services != other.services {
@@ -294,6 +299,8 @@ pub enum SharedField {
     BackupSite,
     /// [`Shared::handoff_port`].
     HandoffPort,
+    /// [`Shared::backups`].
+    Backups,
 }
 
 impl SharedField {
@@ -307,6 +314,7 @@ impl SharedField {
             Self::Timing => "cluster.profile",
             Self::BackupSite => "cluster.backup_site",
             Self::HandoffPort => "cluster.handoff_port",
+            Self::Backups => "cluster.backups",
         }
     }
 }
@@ -362,11 +370,12 @@ mod tests {
     #[test]
     fn what_must_be_equal_is_digested_field_by_field() {
         let base = Shared::default();
-        let fields: [(SharedField, Shared); 6] = [
+        let fields: [(SharedField, Shared); 7] = [
             (SharedField::HashSeed, Shared { hash_seed: Digest(1), ..base.clone() }),
             (SharedField::Scoring, Shared { scoring: Digest(1), ..base.clone() }),
             (SharedField::Rows, Shared { rows: Digest(1), ..base.clone() }),
             (SharedField::BackupSite, Shared { backup_site: Digest(1), ..base.clone() }),
+            (SharedField::Backups, Shared { backups: Digest(1), ..base.clone() }),
             (SharedField::HandoffPort, Shared { handoff_port: Digest(1), ..base.clone() }),
             (SharedField::Services, Shared { services: Digest(1), ..base.clone() }),
         ];

@@ -123,6 +123,9 @@ pub(crate) fn explain(answer: &Explain) -> String {
     line("row", format!("{} (flow hash {})", answer.row, answer.hash));
     line("owner", some(answer.owner.map(|id| id.to_string())));
     line("backup", some(answer.backup.map(|id| id.to_string())));
+    if let Some(second) = answer.second_backup {
+        line("second backup", second.to_string());
+    }
     if answer.acting_owner != answer.owner {
         line("acting owner", some(answer.acting_owner.map(|id| id.to_string())));
     }
@@ -258,6 +261,7 @@ mod tests {
             ranking: vec![Ranked { member: 3, score: "ff".into(), weight: 100, liveness: "suspect".into() }],
             owner: Some(3),
             backup: Some(1),
+            second_backup: None,
             acting_owner: Some(1),
             slot: Some(0xcd),
             consistent_backend: Some("10.0.2.21".parse().unwrap()),

@@ -31,7 +31,7 @@ mod testing;
 
 pub use codec::Digests;
 pub use digest::{RowDigest, differing_rows, row_digests};
-pub use ranking::{Ranking, Survivors};
+pub use ranking::{Holders, MAX_HOLDERS, Ranking, Survivors};
 pub use replicator::{
     Apply, ApplyBatch, ApplyResult, Config, Counters, Event, Held, Lookup, PeerError, Policy, Replicator,
     TransferProgress, ViewInput,

@@ -9,7 +9,7 @@ use phalanx_flow::{FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, Memb
 use crate::codec::{self, Control, Digests, Frame, FrameDecoder, Item, Refusal};
 use crate::digest::RowDigest;
 use crate::hlc::Hlc;
-use crate::ranking::holders_of;
+use crate::ranking::{Holders, MAX_HOLDERS, holders_of};
 use crate::transfer::TransferPlan;
 
 mod ended;
@@ -60,9 +60,9 @@ const _: () = assert!(BATCH_ITEMS <= codec::MAX_ITEMS);
 ///      ├──────────────── poll_apply, poll_lookup ──────────┘    │  └── handle_data, handle_(dis)connected
 ///      └──────────────── handle_applied, handle_lookup ─────────┘
 ///
-///  One flow at its owner, as its backup knows it:
+///  One flow at its owner, as its backups know it:
 ///
-///                Changed (established), at_once, hint        ack, this version
+///                Changed (established), at_once, hint        every backup's ack, this version
 ///   UNTOLD ───────────────────────────────► UNPROTECTED ───────────────────────► PROTECTED
 ///                                            ▲   │ refused: stays                   │
 ///                                            └───┴──────────────────────────────────┘
@@ -91,10 +91,10 @@ pub struct Replicator {
     peers: BTreeMap<MemberId, Peer>,
     /// Where [`Replicator::poll_message`] goes on, so that no peer waits for another.
     last_served: Option<MemberId>,
-    /// Flows owned here by the version their backup has not acknowledged.
-    unprotected: HashMap<FlowKey, (u64, u32)>,
-    /// Of these, the versions that who will be their backup in the pending table has acknowledged.
-    held_ahead: HashMap<FlowKey, (MemberId, u64, u32)>,
+    /// Flows owned here that a backup has not acknowledged.
+    unprotected: HashMap<FlowKey, Unprotected>,
+    /// Of these, the versions that who will be their backups in the pending table have acknowledged.
+    held_ahead: HashMap<(FlowKey, MemberId), Version>,
     stamps: Births,
     ended: Births,
     idle: IdleFlows,
@@ -104,6 +104,23 @@ pub struct Replicator {
     transferring: bool,
     events: VecDeque<Event>,
     counters: Counters,
+}
+
+/// Birth and update of a record.
+type Version = (u64, u32);
+
+/// What a flow's backups have not acknowledged.
+#[derive(Clone, Copy, Debug)]
+struct Unprotected {
+    version: Version,
+    /// The backups that have not; nobody, if there is no backup at all.
+    missing: [Option<MemberId>; MAX_HOLDERS - 1],
+}
+
+impl Unprotected {
+    fn lacks(&self, member: MemberId) -> bool {
+        self.missing.contains(&Some(member))
+    }
 }
 
 /// What is kept of one peer.
@@ -196,7 +213,9 @@ impl Replicator {
         self.config.local
     }
 
-    /// Flows owned here whose present version the backup has not acknowledged, those without any backup among them.
+    /// Flows owned here whose present version some backup has not acknowledged, those without any backup among them.
+    ///
+    /// With two backups both must have: the count says whether the cluster may lose as many members as there are backups.
     pub fn unprotected(&self) -> usize {
         self.unprotected.len()
     }
@@ -253,22 +272,37 @@ impl Replicator {
         let local = Some(self.config.local);
         self.unprotected.retain(|key, _| view.ranking.holders(view.ranking.row_of(key))[0] == local);
         let switched = self.view.as_ref().is_none_or(|old| !Arc::ptr_eq(&old.ranking, &view.ranking));
-        self.view = Some(view);
+        let old = self.view.replace(view);
         if switched {
-            self.settle_unprotected();
+            self.settle_unprotected(old.as_ref());
         }
         self.finish_transfers();
     }
 
-    /// After a switch: who is a backup now may have acknowledged flows before it was, and what waits for it is unprotected from now on.
-    fn settle_unprotected(&mut self) {
-        for (key, (peer, birth, update)) in std::mem::take(&mut self.held_ahead) {
-            if self.backup_of_own(&key) == Some(peer) && self.unprotected.get(&key) == Some(&(birth, update))
-            {
-                self.unprotected.remove(&key);
+    /// After a switch from `old`: who is a backup now may have acknowledged flows before it was, and what waits for it is unprotected
+    /// from now on.
+    fn settle_unprotected(&mut self, old: Option<&ViewInput>) {
+        let held_ahead = std::mem::take(&mut self.held_ahead);
+        let mut unprotected = std::mem::take(&mut self.unprotected);
+        unprotected.retain(|&key, flow| {
+            let backups = self.backups_of_own(&key);
+            let holders =
+                old.map_or_else(Holders::default, |old| old.ranking.holders(old.ranking.row_of(&key)));
+            // Who was no holder before is sent the flow now, unless it was ahead.
+            flow.missing = backups.map(|backup| {
+                backup.filter(|&backup| {
+                    let ahead = held_ahead.get(&(key, backup)) == Some(&flow.version);
+                    flow.lacks(backup) || !(ahead || holders.contains(&Some(backup)))
+                })
+            });
+            let is_held = flow.missing.iter().all(Option::is_none) && backups.iter().any(Option::is_some);
+            if is_held {
+                let (birth, update) = flow.version;
                 self.inbound.push_local(Apply::Protect { key, birth, update }, Then::Nothing);
             }
-        }
+            !is_held
+        });
+        self.unprotected = unprotected;
         let mut waiting = Vec::new();
         for (&id, peer) in &self.peers {
             let batches = peer.inflight.values().flat_map(|(_, items)| items);
@@ -280,12 +314,23 @@ impl Replicator {
                 sent.chain(peer.outbox.records()).chain(peer.transfer.iter().flat_map(Transfer::records));
             waiting.extend(
                 records
-                    .filter(|record| self.backup_of_own(&record.key) == Some(id))
-                    .map(|record| (record.key, (record.birth, record.update))),
+                    .filter(|record| self.backups_of_own(&record.key).contains(&Some(id)))
+                    .map(|record| (record.key, (record.birth, record.update), id)),
             );
         }
-        for (key, version) in waiting {
-            self.unprotected.entry(key).or_insert(version);
+        for (key, version, backup) in waiting {
+            self.note_missing(key, version, backup);
+        }
+    }
+
+    /// A backup of a flow of ours is being sent this version. What is known of a later one, or was known before, stays.
+    fn note_missing(&mut self, key: FlowKey, version: Version, backup: MemberId) {
+        let flow =
+            self.unprotected.entry(key).or_insert(Unprotected { version, missing: Default::default() });
+        if !flow.lacks(backup)
+            && let Some(free) = flow.missing.iter_mut().find(|missing| missing.is_none())
+        {
+            *free = Some(backup);
         }
     }
 
@@ -391,8 +436,8 @@ impl Replicator {
                     {
                         continue;
                     }
-                    if !cache && self.backup_of_own(&record.key) == Some(to) {
-                        self.unprotected.entry(record.key).or_insert((record.birth, record.update));
+                    if !cache && self.backups_of_own(&record.key).contains(&Some(to)) {
+                        self.note_missing(record.key, (record.birth, record.update), to);
                     }
                     worth.push((record, cache));
                 }
@@ -530,7 +575,9 @@ impl Replicator {
     fn replicate(&mut self, record: Record) {
         let (holders, caches) = self.audience(&record.key);
         if self.is_own(&record.key) {
-            self.unprotected.insert(record.key, (record.birth, record.update));
+            let missing = self.backups_of_own(&record.key);
+            self.unprotected
+                .insert(record.key, Unprotected { version: (record.birth, record.update), missing });
         }
         for to in holders {
             self.push(to, Item::Associate { record, cache: false });
@@ -645,24 +692,26 @@ impl Replicator {
         self.view.as_ref().is_some_and(|view| view.live.contains(&member))
     }
 
-    fn holders(&self, key: &FlowKey) -> [Option<MemberId>; 2] {
-        self.view.as_ref().map_or([None; 2], |view| view.ranking.holders(view.ranking.row_of(key)))
+    fn holders(&self, key: &FlowKey) -> Holders {
+        self.view
+            .as_ref()
+            .map_or_else(Holders::default, |view| view.ranking.holders(view.ranking.row_of(key)))
     }
 
     /// Who will hold `key` once a planned change is in force.
-    fn pending_holders(&self, key: &FlowKey) -> [Option<MemberId>; 2] {
+    fn pending_holders(&self, key: &FlowKey) -> Holders {
         let pending = self.view.as_ref().and_then(|view| view.pending.as_ref());
-        pending.map_or([None; 2], |pending| pending.holders(pending.row_of(key)))
+        pending.map_or_else(Holders::default, |pending| pending.holders(pending.row_of(key)))
     }
 
     fn is_own(&self, key: &FlowKey) -> bool {
         self.holders(key)[0] == Some(self.config.local)
     }
 
-    /// The backup of `key` if we own it.
-    fn backup_of_own(&self, key: &FlowKey) -> Option<MemberId> {
-        let [owner, backup] = self.holders(key);
-        if owner == Some(self.config.local) { backup } else { None }
+    /// The backups of `key` if we own it.
+    fn backups_of_own(&self, key: &FlowKey) -> [Option<MemberId>; MAX_HOLDERS - 1] {
+        let [owner, backups @ ..] = self.holders(key);
+        if owner == Some(self.config.local) { backups } else { Default::default() }
     }
 
     /// Whether others need to know the flow: not while it is half-open and agrees with the consistent table, unless the policy says

@@ -5,12 +5,14 @@ use std::time::Instant;
 
 use phalanx_flow::{BackendId, FlowFlags, FlowKey, FlowState, MemberId, Method, Record};
 
-use crate::ranking::Ranking;
+use crate::ranking::{Holders, MAX_HOLDERS, Ranking};
 
 /// A weighted rendezvous ranking, simple and slow, over made-up scores.
 #[derive(Clone, Debug)]
 pub(crate) struct TestRanking {
-    rows: Vec<[Option<MemberId>; 2]>,
+    rows: Vec<Holders>,
+    /// How many of each row's hold its flows.
+    holders: usize,
 }
 
 impl TestRanking {
@@ -31,15 +33,27 @@ impl TestRanking {
                 })
                 .collect();
             ranked.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
-            [ranked.first().map(|r| r.1), ranked.get(1).map(|r| r.1)]
+            std::array::from_fn(|rank| ranked.get(rank).map(|r| r.1))
         };
-        Self { rows: (0..rows).map(row).collect() }
+        Self { rows: (0..rows).map(row).collect(), holders: 2 }
     }
 
-    /// A table written by hand: owner and backup of each row, 0 for nobody.
-    pub(crate) fn by_hand(rows: &[[u32; 2]]) -> Self {
-        let id = |id: u32| (id != 0).then_some(MemberId(id));
-        Self { rows: rows.iter().map(|&[owner, backup]| [id(owner), id(backup)]).collect() }
+    /// The same members with so many backups a row; otherwise it is one.
+    pub(crate) fn with_backups(self, backups: usize) -> Self {
+        assert!(backups < MAX_HOLDERS);
+        Self { holders: backups + 1, ..self }
+    }
+
+    /// Backups a row.
+    pub(crate) fn backups(&self) -> usize {
+        self.holders - 1
+    }
+
+    /// A table written by hand: owner and backups of each row, 0 for nobody.
+    pub(crate) fn by_hand<const HOLDERS: usize>(rows: &[[u32; HOLDERS]]) -> Self {
+        let id = |id: &u32| (*id != 0).then_some(MemberId(*id));
+        let row = |row: &[u32; HOLDERS]| std::array::from_fn(|rank| row.get(rank).and_then(id));
+        Self { rows: rows.iter().map(row).collect(), holders: HOLDERS }
     }
 }
 
@@ -49,8 +63,10 @@ impl Ranking for TestRanking {
         (mix(u64::from(port)) % self.rows.len() as u64) as u32
     }
 
-    fn holders(&self, row: u32) -> [Option<MemberId>; 2] {
-        self.rows.get(row as usize).copied().unwrap_or_default()
+    fn holders(&self, row: u32) -> Holders {
+        let mut holders = self.rows.get(row as usize).copied().unwrap_or_default();
+        holders[self.holders..].fill(None);
+        holders
     }
 
     fn row_count(&self) -> u32 {

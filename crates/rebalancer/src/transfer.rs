@@ -1,6 +1,7 @@
 //! The one rule of what moves when the row table changes (claims 19 and 20).
 //!
 //! *For each flow, if the old owner lives it sends to the new holders that are not old holders, else the old backup does.*
+//! With two backups, the first of the old holders that lives.
 //!
 //! Every member applies the rule by itself to the records it holds, and exactly one member sends each flow.
 //! A member that started again without its flow table counts as dead in the old table and as new in the new one.
@@ -21,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use phalanx_flow::{FlowKey, MemberId, Record};
 
-use crate::ranking::{Ranking, Survivors, holders_of};
+use crate::ranking::{Holders, Ranking, Survivors, holders_of};
 
 /// A change of the row table, as one member sees it.
 #[derive(Clone, Copy)]
@@ -101,7 +102,7 @@ impl Change<'_> {
         old != new || new.iter().flatten().any(|member| self.survivors.blank.contains(member))
     }
 
-    /// Who sends the flows of `row`: the old owner if it still has them, else the old backup, else nobody.
+    /// Who sends the flows of `row`: the old owner if it still has them, else the first old backup that has, else nobody.
     pub fn sender(&self, row: u32) -> Option<MemberId> {
         holders_of(self.old, row).find(|&member| self.survivors.keeps_state(member))
     }
@@ -116,6 +117,20 @@ impl Change<'_> {
         })
     }
 
+    /// Where we inherit `row` from an owner that died: its other backups that stay. What it last told may have reached us and not them,
+    /// and whether it has we hear only from them.
+    fn co_heirs(&self, row: u32) -> impl Iterator<Item = MemberId> {
+        let (old, new) = (self.old.holders(row), self.new.holders(row));
+        let inherits =
+            new[0] == Some(self.local) && old[0].is_some_and(|owner| !self.survivors.keeps_state(owner));
+        new.into_iter().flatten().filter(move |&member| {
+            inherits
+                && member != self.local
+                && old.contains(&Some(member))
+                && self.survivors.keeps_state(member)
+        })
+    }
+
     /// Whether we know that `member` was sent the flows of `row` ahead: we did it. What others should have sent, they may not have.
     fn was_sent_ahead(&self, row: u32, member: MemberId) -> bool {
         self.ahead
@@ -124,15 +139,13 @@ impl Change<'_> {
 
     /// What becomes of local entries in `row`.
     pub fn local_action(&self, row: u32) -> LocalAction {
-        let [old_owner, old_backup] = self.old.holders(row);
-        let [owner, backup] = self.new.holders(row);
         let local = Some(self.local);
-        if owner == local {
-            if old_backup == local { LocalAction::Promote } else { LocalAction::Keep }
-        } else if backup == local {
-            if old_owner == local { LocalAction::Demote } else { LocalAction::Keep }
-        } else {
-            LocalAction::Former
+        let place = |holders: Holders| holders.iter().position(|holder| *holder == local);
+        match (place(self.old.holders(row)), place(self.new.holders(row))) {
+            (_, None) => LocalAction::Former,
+            (Some(1..), Some(0)) => LocalAction::Promote,
+            (Some(0), Some(1..)) => LocalAction::Demote,
+            _ => LocalAction::Keep,
         }
     }
 
@@ -153,7 +166,7 @@ pub fn changed_rows(change: &Change<'_>) -> impl Iterator<Item = u32> {
 /// Applies the one rule to the local records of the changed rows.
 ///
 /// Records of rows that have not changed are passed over, so a driver may hand over its whole flow table.
-/// A record that came before the local view changed (the sender was faster) is also offered by the new owner to the new backup,
+/// A record that came before the local view changed (the sender was faster) is also offered by the new owner to the new backups,
 /// so that the owner learns that it is protected.
 pub fn plan(change: &Change<'_>, records: impl IntoIterator<Item = Record>) -> TransferPlan {
     let mut plan = TransferPlan::default();
@@ -163,9 +176,12 @@ pub fn plan(change: &Change<'_>, records: impl IntoIterator<Item = Record>) -> T
             continue;
         }
         plan.local.push((record.key, change.local_action(row)));
-        let [owner, backup] = change.new.holders(row);
+        let [owner, backups @ ..] = change.new.holders(row);
         if change.sender(row) == Some(change.local) {
             for to in change.receivers(row).filter(|&to| to != change.local) {
+                plan.holders.entry(to).or_default().push(record);
+            }
+            for to in change.co_heirs(row) {
                 plan.holders.entry(to).or_default().push(record);
             }
             for to in change.cache_receivers(row) {
@@ -174,9 +190,10 @@ pub fn plan(change: &Change<'_>, records: impl IntoIterator<Item = Record>) -> T
         } else if owner == Some(change.local)
             && !change.old.holders(row).contains(&owner)
             && !change.ahead.is_some_and(|ahead| ahead.has(row, change.local))
-            && let Some(to) = backup.filter(|to| change.survivors.live.contains(to))
         {
-            plan.holders.entry(to).or_default().push(record);
+            for to in backups.into_iter().flatten().filter(|to| change.survivors.live.contains(to)) {
+                plan.holders.entry(to).or_default().push(record);
+            }
         }
     }
     plan
@@ -220,7 +237,7 @@ pub fn cache_entries_of_departed(
     cached: impl IntoIterator<Item = FlowKey>,
 ) -> impl Iterator<Item = FlowKey> {
     cached.into_iter().filter(|key| {
-        let [owner, _] = change.old.holders(change.old.row_of(key));
+        let [owner, ..] = change.old.holders(change.old.row_of(key));
         owner.is_some_and(|owner| !change.survivors.keeps_state(owner))
     })
 }

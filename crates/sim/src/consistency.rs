@@ -42,7 +42,7 @@ pub const BALANCERS: [(Balancer, &str); 3] = [
 ];
 
 /// A site of four members whose backends have changed since its connections were opened (two drained, one added), and then one change.
-fn schedule(settings: &Settings, changes: Vec<Change>) -> Schedule {
+pub(crate) fn schedule(settings: &Settings, changes: Vec<Change>) -> Schedule {
     let mut schedule = vec![
         (Duration::from_secs(8), Change::BackendDrain(0)),
         (Duration::from_secs(8), Change::BackendDrain(2)),
@@ -56,7 +56,7 @@ fn schedule(settings: &Settings, changes: Vec<Change>) -> Schedule {
 }
 
 /// The settings of one seed: as Phalanx would have them, the same for all.
-fn settings(seed: u64, balancer: Balancer) -> Settings {
+pub(crate) fn settings(seed: u64, balancer: Balancer) -> Settings {
     Settings {
         balancer,
         caches: 0.0,

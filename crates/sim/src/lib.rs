@@ -17,6 +17,7 @@ pub mod checks;
 pub mod consistency;
 pub mod faults;
 pub mod forwarder;
+pub mod losses;
 pub mod planted;
 pub mod runner;
 pub mod schedule;

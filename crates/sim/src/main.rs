@@ -9,7 +9,7 @@ use phalanx_sim::faults::Fault;
 use phalanx_sim::runner::{self, Options};
 use phalanx_sim::schedule::generate;
 use phalanx_sim::shrink::shrink;
-use phalanx_sim::{consistency, planted};
+use phalanx_sim::{consistency, losses, planted};
 
 /// Runs a whole site in virtual time, from seeds.
 #[derive(Debug, Parser)]
@@ -45,6 +45,12 @@ struct Cli {
     /// Make the table of docs/consistency.md.
     #[arg(long)]
     consistency: bool,
+    /// Make the table of owner and backup lost at once, in docs/consistency.md.
+    #[arg(long)]
+    losses: bool,
+    /// Backups of every flow, 1 or 2.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    backups: u8,
     /// Shorten the schedule of this seed as far as it still fails, and tell its story.
     #[arg(long)]
     shrink: Option<u64>,
@@ -57,6 +63,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let options = Options {
         members: cli.members,
+        more_backups: usize::from(cli.backups) - 1,
         twin: cli.twin,
         fault: cli.fault,
         story: cli.trace.is_some(),
@@ -74,6 +81,10 @@ fn main() -> ExitCode {
     }
     if cli.consistency {
         consistency(&cli);
+        return ExitCode::SUCCESS;
+    }
+    if cli.losses {
+        print_losses(&cli);
         return ExitCode::SUCCESS;
     }
     let mut by_checker: BTreeMap<&'static str, (u64, u64)> = BTreeMap::new();
@@ -139,6 +150,9 @@ fn again(options: &Options) -> String {
     if let Some(members) = options.members {
         words += &format!(" --members {members}");
     }
+    if options.more_backups > 0 {
+        words += &format!(" --backups {}", 1 + options.more_backups);
+    }
     if options.twin {
         words += " --twin";
     }
@@ -203,5 +217,23 @@ fn consistency(cli: &Cli) {
             );
         }
         println!();
+    }
+}
+
+fn print_losses(cli: &Cli) {
+    println!(
+        "| configuration | open | owner and backup lost | of these saved | broken in all |\n|---|---|---|---|---|"
+    );
+    for case in losses::CASES {
+        let loss = losses::loss(case, cli.from, cli.seeds);
+        let saved = loss.orphans - loss.broken_orphans;
+        println!(
+            "| {} | {} | {} | {saved} ({:.0} %) | {} |",
+            case.0,
+            loss.open,
+            loss.orphans,
+            100.0 * saved as f64 / loss.orphans.max(1) as f64,
+            loss.broken
+        );
     }
 }

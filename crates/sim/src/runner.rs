@@ -14,6 +14,8 @@ use crate::world::{Report, World};
 pub struct Options {
     /// Members at the start, instead of as many as the seed says.
     pub members: Option<usize>,
+    /// Backups of every flow beyond the first.
+    pub more_backups: usize,
     /// Replication is switched off: the twin.
     pub twin: bool,
     /// Broken on purpose.
@@ -30,7 +32,7 @@ impl Options {
     /// The settings of a seed under these options.
     pub fn settings(&self, seed: u64) -> Settings {
         let settings = Settings::from_seed(seed, self.members);
-        Settings { replication: !self.twin, fault: self.fault, ..settings }
+        Settings { replication: !self.twin, backups: 1 + self.more_backups, fault: self.fault, ..settings }
     }
 }
 

@@ -56,6 +56,8 @@ pub struct Settings {
     pub hash_seed: FlowSeed,
     /// Where backups stand.
     pub site_rule: BackupSite,
+    /// Backups of every flow.
+    pub backups: usize,
     /// Timing of the membership.
     pub timing: Timing,
     /// Backends at first, and those that may come later.
@@ -124,6 +126,7 @@ impl Settings {
             scoring,
             hash_seed,
             site_rule: if rng.random_bool(0.15) { BackupSite::Other } else { BackupSite::Any },
+            backups: 1,
             timing: Timing::lan(),
             backends: [rng.random_range(3..=6), 3],
             flows: if members > 20 { 400 } else { rng.random_range(60..=140) },

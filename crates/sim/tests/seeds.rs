@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use phalanx_sim::consistency;
 use phalanx_sim::faults::Fault;
+use phalanx_sim::losses;
 use phalanx_sim::planted;
 use phalanx_sim::runner::{self, Options};
 use phalanx_sim::schedule::{Change, generate};
@@ -117,4 +118,32 @@ fn local_tables_break_connections_where_phalanx_does_not() {
     let [local, phalanx] = [1, 2].map(|balancer| consistency::cell(crash, balancer, 0, 5));
     assert!(local.broken * 20 > local.open, "{local:?}");
     assert!(phalanx.broken * 50 < phalanx.open && phalanx.open > 150, "{phalanx:?}");
+}
+
+/// The worst that two members can do: one backup does not outlive it, two do.
+#[test]
+fn owner_and_backup_lost_at_once_break_connections_with_one_backup_and_none_with_two() {
+    let [one, cached, two] = losses::CASES.map(|case| losses::loss(case, 0, 4));
+    for loss in [one, cached, two] {
+        assert!(loss.orphans > 20 && loss.open > 150, "{loss:?}");
+    }
+    assert!(one.broken_orphans * 5 > one.orphans, "{one:?}");
+    assert_eq!((two.broken_orphans, two.broken), (0, 0), "{two:?}");
+}
+
+#[test]
+fn with_two_backups_every_seed_keeps_every_promise_but_for_the_open_faults() {
+    let mut found = Vec::new();
+    let mut open = BTreeSet::new();
+    runner::run_many(0, 30, THREADS, Options { more_backups: 1, ..Options::default() }, |report| {
+        for violation in &report.violations {
+            if OPEN.contains(&violation.checker) {
+                open.insert(report.seed);
+            } else {
+                found.push(format!("seed {}: {}: {}", report.seed, violation.checker, violation.what));
+            }
+        }
+    });
+    assert!(found.is_empty(), "{}", found.join("\n"));
+    assert!(open.len() <= MOST_OPEN / 2, "connections break in seeds {open:?}");
 }

@@ -65,6 +65,34 @@ fn two_of_four_members_killed_five_seconds_apart_break_nothing_over_ipip() {
     lossless_with_a_third_deviating(routed(two_of_four_killed(), Method::IpIp));
 }
 
+/// Every tenth connection loses its owner and its first backup, and only what a third member holds of it keeps it where it is. Two of
+/// five are less than half: the others do not wait to see whether it is not they who were cut off.
+fn two_of_five_killed_at_once(backups: u32) -> LabOptions {
+    let events = deviating(&[at(6.0, Action::Kill(2)), at(6.0, Action::Kill(3))]);
+    let options = site(FEWER, &events);
+    LabOptions {
+        members: 5,
+        cluster_lines: format!("backups = {backups}"),
+        // While the cluster forms, who held a row a moment before is told of its flows too, and keeps them for one linger: that must
+        // be over, or these copies would save what a third holder is to save.
+        service_lines: "linger = \"2s\"".to_owned(),
+        // Nobody answers these clients until both are confirmed down (2 s); then they send again after 3.2 or 6.4 s (RFC 6298 §5.5).
+        duration: options.duration.map(|duration| duration + Duration::from_secs(3)),
+        ..options
+    }
+}
+
+#[test]
+fn two_of_five_members_killed_at_once_break_nothing_with_two_backups() {
+    lossless_with_a_third_deviating(two_of_five_killed_at_once(2));
+}
+
+#[test]
+fn two_of_five_members_killed_at_once_break_connections_with_one_backup() {
+    let report = lossy(two_of_five_killed_at_once(1));
+    assert!(report.broken >= 10, "half of a tenth of the connections deviate and are nobody's any more");
+}
+
 /// The host and its links die too: nothing answers in its place, not even with an ICMP error.
 fn one_of_three_crashed() -> LabOptions {
     site(FEWER, &deviating(&[at(2.0, Action::Crash(2))]))

@@ -114,21 +114,23 @@ impl Control {
         let backups: BTreeSet<MemberId> = (0..table.row_count())
             .map(|row| table.holders(row))
             .filter(|holders| holders[0] == Some(local))
-            .filter_map(|holders| holders[1])
+            .flat_map(|[_, backups @ ..]| backups.into_iter().flatten())
             .collect();
         let mut held: BTreeMap<MemberId, Vec<Record>> = backups.iter().map(|&id| (id, Vec::new())).collect();
         let mut doubtful: BTreeMap<MemberId, Vec<(u32, Held)>> = BTreeMap::new();
         self.forwarder.visit(&RowSet::All, &mut |record| {
             let row = table.row_of(&record.key);
-            if let [Some(owner), Some(backup)] = table.holders(row)
-                && owner == local
-                && counts(record)
-            {
-                if !record.flags.has(FlowFlags::PROTECTED) || self.replicator.is_unprotected(&record.key) {
-                    let version = (record.key, record.birth, record.update);
-                    doubtful.entry(backup).or_default().push((row, version));
+            let [owner, backups @ ..] = table.holders(row);
+            if owner == Some(local) && counts(record) {
+                let doubted =
+                    !record.flags.has(FlowFlags::PROTECTED) || self.replicator.is_unprotected(&record.key);
+                for backup in backups.into_iter().flatten() {
+                    if doubted {
+                        let version = (record.key, record.birth, record.update);
+                        doubtful.entry(backup).or_default().push((row, version));
+                    }
+                    held.entry(backup).or_default().push(*record);
                 }
-                held.entry(backup).or_default().push(*record);
             }
         });
         self.repair.doubtful = doubtful;
@@ -154,7 +156,9 @@ impl Control {
             if digests.former {
                 holders.contains(&Some(local)) && listed[place].contains(&row)
             } else {
-                holders == [Some(*from), Some(local)] && (digests.first..=digests.last).contains(&row)
+                holders[0] == Some(*from)
+                    && holders[1..].contains(&Some(local))
+                    && (digests.first..=digests.last).contains(&row)
             }
         };
         let mut ours: Vec<BTreeMap<u32, RowDigest>> = vec![BTreeMap::new(); asked.len()];

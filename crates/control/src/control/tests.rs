@@ -74,11 +74,15 @@ struct Site {
 }
 
 impl Site {
+    fn new(ids: &[u32]) -> Self {
+        Self::with_backups(ids, 1)
+    }
+
     #[expect(
         clippy::disallowed_methods,
         reason = "an Instant cannot be made otherwise; only differences count"
     )]
-    fn new(ids: &[u32]) -> Self {
+    fn with_backups(ids: &[u32], backups: usize) -> Self {
         let now = Instant::now();
         let mut site = Self {
             now,
@@ -97,6 +101,7 @@ impl Site {
                 scoring: Scoring::Rendezvous { key: [1, 2] },
                 rows: 64,
                 site_rule: BackupSite::Any,
+                backups,
                 handoff: Handoff { port: 6081, cookie: 7, old_cookie: None, fragment: false },
                 replicate_syn: false,
             };
@@ -197,7 +202,8 @@ impl Site {
 
     fn holders(&self, n: u16) -> [u32; 2] {
         let table = self.members[&1].0.planner().current();
-        table.holders(table.row_of(&key(n))).map(|id| id.map_or(0, |id| id.0))
+        let [owner, backup, _] = table.holders(table.row_of(&key(n)));
+        [owner, backup].map(|id| id.map_or(0, |id| id.0))
     }
 
     fn forwarder(&self, id: u32) -> &MemoryForwarder {

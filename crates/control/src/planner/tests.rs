@@ -11,6 +11,7 @@ fn fixed(local: u32) -> Fixed {
         scoring: Scoring::Rendezvous { key: [1, 2] },
         rows: 1024,
         site_rule: BackupSite::Any,
+        backups: 1,
         handoff: Handoff { port: 6081, cookie: 7, old_cookie: None, fragment: false },
         replicate_syn: false,
     }

@@ -200,6 +200,7 @@ fn cluster(section: &mut Section<'_, '_>, file: &Path, environment: &dyn Environ
         handoff_port: handoff.value,
         handoff_fragment: section.boolean("handoff_fragment", false),
         backup_site: section.choice("backup_site", &[("any", BackupSite::Any), ("other", BackupSite::Other)]),
+        backups: section.integer("backups", 1..=2, 1),
         bootstrap_wait: section.duration("bootstrap_wait", 100 * MS..=10 * MINUTE, 2 * SECOND).value,
         replication: section.boolean("replication", true),
         replicate: section

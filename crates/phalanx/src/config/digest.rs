@@ -34,6 +34,7 @@ impl ClusterDigests {
             BackupSite::Any => "any",
             BackupSite::Other => "other",
         };
+        let backups = cluster.backups.to_string();
         let handoff = cluster.handoff_port.to_string();
         let services = lines(config.services.iter().map(service));
         let must_match = [
@@ -42,6 +43,7 @@ impl ClusterDigests {
             ("cluster.scoring", cluster.scoring.as_str()),
             ("rows", rows.as_str()),
             ("cluster.backup_site", site),
+            ("cluster.backups", backups.as_str()),
             ("cluster.profile", cluster.profile.as_str()),
             ("cluster.handoff_port", handoff.as_str()),
             ("service", services.as_str()),
@@ -76,6 +78,7 @@ impl ClusterDigests {
             scoring: field("cluster.scoring"),
             rows: field("rows"),
             backup_site: field("cluster.backup_site"),
+            backups: field("cluster.backups"),
             handoff_port: field("cluster.handoff_port"),
             services: field("service"),
         }

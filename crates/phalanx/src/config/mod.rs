@@ -130,6 +130,9 @@ pub struct ClusterConfig {
     pub handoff_fragment: bool,
     /// Where the backup is looked for, default any; *equal*.
     pub backup_site: BackupSite,
+    /// Backups of every flow, 1 or 2, default 1; *equal*. With 2 a flow outlives the loss of any two members in the same instant, and
+    /// every member holds half as many flows again and sends each association twice.
+    pub backups: u32,
     /// How long the seeds are tried before the joining member with the lowest id turns active alone: 100 ms to 10 min,
     /// default 2 s.
     pub bootstrap_wait: Duration,

@@ -348,6 +348,7 @@ fn digests_name_the_field_that_differs_and_nothing_else() {
     };
     assert_eq!(ours.differences(&other("00112233", "10112233")), ["cluster.hash_seed"]);
     assert_eq!(ours.differences(&other("\"rendezvous\"", "\"crc8-highest\"")), ["cluster.scoring", "rows"]);
+    assert_eq!(ours.differences(&other("backups = 1", "backups = 2")), ["cluster.backups"]);
     assert_eq!(ours.differences(&other("port = 80", "port = 81")), ["service"]);
     assert_eq!(ours.differences(&other("port = 53", "port = 54")), ["service"]);
     let (shared, sites) = (ours.shared(), other("backup_site = \"any\"", "backup_site = \"other\"").shared());

@@ -259,6 +259,7 @@ fn fixed(config: &Config, keys: &KeyRing) -> Fixed {
             config::BackupSite::Any => BackupSite::Any,
             config::BackupSite::Other => BackupSite::Other,
         },
+        backups: cluster.backups as usize,
         handoff: Handoff {
             port: cluster.handoff_port,
             cookie: cookies.next().unwrap_or_default(),

@@ -61,7 +61,7 @@ pub(super) fn resume(config: &Config, planner: &mut Planner, adopted: &Adopted) 
         return Err(format!("they are member {}'s", note.local));
     }
     if note.meaning != meaning(config) {
-        return Err("the cluster's name, seed, scoring or backup_site has changed".to_owned());
+        return Err("the cluster's name, seed, scoring, backup_site or backups has changed".to_owned());
     }
     planner.restore(&note.snapshot).map_err(|error| error.to_string())?;
     for backend in &adopted.backends {
@@ -75,8 +75,13 @@ fn meaning(config: &Config) -> u64 {
     let cluster = &config.cluster;
     let mut hasher = SipHasher24::new();
     let text = format!(
-        "{} {:?} {:?} {:?} {}",
-        cluster.name, cluster.hash_seed, cluster.scoring, cluster.backup_site, config.member.address
+        "{} {:?} {:?} {:?} {} {}",
+        cluster.name,
+        cluster.hash_seed,
+        cluster.scoring,
+        cluster.backup_site,
+        cluster.backups,
+        config.member.address
     );
     hasher.write(text.as_bytes());
     hasher.finish()

@@ -97,6 +97,7 @@ pub struct FlowFacts {
     ranking: Vec<Ranked>,
     owner: Option<MemberId>,
     backup: Option<MemberId>,
+    second_backup: Option<MemberId>,
     acting_owner: Option<MemberId>,
     slot: Option<u32>,
     consistent: Option<IpAddr>,
@@ -109,7 +110,7 @@ impl FlowFacts {
         let planner = control.core.planner();
         let table = planner.current();
         let row = table.row_of(key);
-        let [owner, backup] = table.holders(row);
+        let [owner, backup, second_backup] = table.holders(row);
         let liveness = |id: MemberId| control.view().get(id).map_or(Liveness::Down, |member| member.liveness);
         let ranked = table.table.members();
         let ranking = table
@@ -131,6 +132,7 @@ impl FlowFacts {
             ranking,
             owner,
             backup,
+            second_backup,
             acting_owner: owner.filter(alive).or_else(|| backup.filter(alive)).or(owner),
             slot: consistent.as_ref().map(|_| u32::from(planner.slot(key))),
             service: consistent.map(|(service, _)| control.config.services[service].name.clone()),
@@ -294,11 +296,11 @@ impl AdminSource for Source {
         let status = self.shared.status.load();
         let mut rows: HashMap<MemberId, (u32, u32)> = HashMap::new();
         for row in 0..status.table.row_count() {
-            let [owner, backup] = status.table.holders(row);
+            let [owner, backups @ ..] = status.table.holders(row);
             if let Some(owner) = owner {
                 rows.entry(owner).or_default().0 += 1;
             }
-            if let Some(backup) = backup {
+            for backup in backups.into_iter().flatten() {
                 rows.entry(backup).or_default().1 += 1;
             }
         }
@@ -367,6 +369,7 @@ impl AdminSource for Source {
             ranking: Vec::new(),
             owner: None,
             backup: None,
+            second_backup: None,
             acting_owner: None,
             slot: None,
             consistent_backend: None,
@@ -401,6 +404,8 @@ impl AdminSource for Source {
                 "owner"
             } else if facts.backup == Some(id) {
                 "backup"
+            } else if facts.second_backup == Some(id) {
+                "second backup"
             } else {
                 "former"
             }
@@ -418,7 +423,7 @@ impl AdminSource for Source {
             })
             .collect();
         explain.silent = silent.into_iter().map(|id| id.0).collect();
-        let recorded = [facts.owner, facts.backup, facts.former]
+        let recorded = [facts.owner, facts.backup, facts.second_backup, facts.former]
             .into_iter()
             .flatten()
             .chain(held.keys().copied())
@@ -433,6 +438,7 @@ impl AdminSource for Source {
         explain.ranking = facts.ranking;
         explain.owner = facts.owner.map(|id| id.0);
         explain.backup = facts.backup.map(|id| id.0);
+        explain.second_backup = facts.second_backup.map(|id| id.0);
         explain.acting_owner = facts.acting_owner.map(|id| id.0);
         explain.slot = facts.slot;
         explain.consistent_backend = facts.consistent;

@@ -30,14 +30,20 @@ impl Replicator {
 
     /// Asks who else holds the waiting flow, or ends the waiting.
     pub(super) fn ask_again(&mut self, key: &FlowKey) {
-        let Some(waiting) = self.idle.get(key).copied() else { return };
+        let Some(waiting) = self.idle.get(key).cloned() else { return };
         let own = self.is_own(key);
         let waited = self.now.saturating_duration_since(waiting.since);
-        let [owner, backup] = self.holders(key);
-        let other = if own { backup } else { owner }
-            .filter(|&member| member != self.config.local && self.is_live(member) && self.is_enabled());
+        let holders = self.holders(key);
+        // An owner asks its backups, one after the other, and a backup the owner.
+        let asked = if own { &holders[1..] } else { &holders[..1] };
+        let other = asked.iter().copied().flatten().find(|member| {
+            *member != self.config.local
+                && self.is_live(*member)
+                && self.is_enabled()
+                && !waiting.idle_at.contains(member)
+        });
         match other {
-            // Nobody else can have seen it.
+            // Nobody else can have seen it, or nobody has.
             None => {
                 self.idle.remove(key);
                 self.remove(&waiting.record, waiting.since, own);
@@ -61,7 +67,7 @@ impl Replicator {
         birth: u64,
         theirs: Option<u32>,
     ) {
-        let Some(waiting) = self.idle.get(key).copied() else { return };
+        let Some(waiting) = self.idle.get(key).cloned() else { return };
         if waiting.asked != Some(from) || waiting.record.birth != birth {
             return;
         }
@@ -73,10 +79,14 @@ impl Replicator {
             }
             // The owner has it and will end it; it is asked again meanwhile, in case a packet passes there.
             Some(_) if !self.is_own(key) => {}
+            // Another backup may have seen it.
+            _ if self.is_own(key) => {
+                self.idle.is_idle_at(key, from);
+                self.ask_again(key);
+            }
             _ => {
-                let own = self.is_own(key);
                 self.idle.remove(key);
-                self.remove(&waiting.record, waiting.since, own);
+                self.remove(&waiting.record, waiting.since, false);
             }
         }
     }
@@ -120,7 +130,7 @@ impl Replicator {
     }
 
     pub(super) fn forget_unprotected(&mut self, key: &FlowKey, birth: u64) {
-        if self.unprotected.get(key).is_some_and(|(known, _)| *known <= birth) {
+        if self.unprotected.get(key).is_some_and(|flow| flow.version.0 <= birth) {
             self.unprotected.remove(key);
         }
     }

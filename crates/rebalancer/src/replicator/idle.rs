@@ -6,7 +6,7 @@
 //!        ▲                                            │  ▲───┘
 //!        │  newer packet there: touch                 │
 //!        ├────────────────────────────────────────────┤
-//!        │  owner:  idle there too, or no entry there: remove, announce the end
+//!        │  owner:  idle there too, or no entry there, at every backup in turn: remove, announce the end
 //!        │  owner:  no answer in BACKUP_WAIT: remove here, announce nothing
 //!        │  others: no entry at the owner, or no end from it in OWNER_WAIT: remove here
 //!        │  both:   the flow lives again, is replaced, or its end is announced
@@ -27,7 +27,7 @@ pub(super) const BACKUP_WAIT: Duration = Duration::from_secs(5);
 pub(super) const OWNER_WAIT: Duration = Duration::from_secs(30);
 
 /// One idle entry.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Waiting {
     /// The entry as it was when it expired.
     pub(super) record: Record,
@@ -35,6 +35,8 @@ pub(super) struct Waiting {
     pub(super) since: Instant,
     /// Who was asked last.
     pub(super) asked: Option<MemberId>,
+    /// Who has answered that it has not seen it either.
+    pub(super) idle_at: BTreeSet<MemberId>,
     next: Instant,
 }
 
@@ -55,7 +57,10 @@ impl IdleFlows {
             return false;
         }
         self.remove(&record.key);
-        self.waiting.insert(record.key, Waiting { record, since: now, asked: None, next: now });
+        self.waiting.insert(
+            record.key,
+            Waiting { record, since: now, asked: None, idle_at: BTreeSet::new(), next: now },
+        );
         self.timers.insert((now, record.key));
         true
     }
@@ -74,6 +79,13 @@ impl IdleFlows {
     pub(super) fn remove_life(&mut self, key: &FlowKey, birth: u64) {
         if self.waiting.get(key).is_some_and(|waiting| waiting.record.birth <= birth) {
             self.remove(key);
+        }
+    }
+
+    /// Notes that `peer` has not seen the flow either.
+    pub(super) fn is_idle_at(&mut self, key: &FlowKey, peer: MemberId) {
+        if let Some(waiting) = self.waiting.get_mut(key) {
+            waiting.idle_at.insert(peer);
         }
     }
 

@@ -8,7 +8,7 @@ use phalanx_flow::{FlowFlags, FlowKey, MemberId, Record};
 use super::ending::IDLE_SLACK_MS;
 use super::{
     Apply, ApplyBatch, ApplyResult, Control, Event, Frame, Held, Item, LOCAL_BATCH, Lookup, MAX_INBOUND,
-    PeerError, Refusal, Replicator,
+    PeerError, Refusal, Replicator, Unprotected,
 };
 
 /// What follows when one change was applied.
@@ -167,8 +167,8 @@ impl Replicator {
                     }
                     // What our backup sends it holds, and we may have heard of it from elsewhere.
                     ApplyResult::Stale => {
-                        if let Some(from) = from.filter(|from| self.backup_of_own(&record.key) == Some(*from))
-                        {
+                        let backups = self.backups_of_own(&record.key);
+                        if let Some(from) = from.filter(|from| backups.contains(&Some(*from))) {
                             self.note_held(from, version(&record));
                         }
                     }
@@ -377,22 +377,43 @@ impl Replicator {
     /// A comparison has shown that `peer` holds these.
     pub fn handle_compared(&mut self, now: Instant, peer: MemberId, held: &[Held]) {
         self.advance(now);
-        for &version in held {
-            self.note_held(peer, version);
+        for &(key, birth, update) in held {
+            let backups = self.backups_of_own(&key);
+            if backups.contains(&Some(peer)) {
+                // Another backup may still lack it.
+                self.unprotected
+                    .entry(key)
+                    .or_insert(Unprotected { version: (birth, update), missing: backups });
+                self.note_held(peer, (key, birth, update));
+            }
         }
     }
 
-    /// `peer` holds this version: if it is the backup of a flow of ours, the flow is protected.
+    /// `peer` holds this version: if it is the last backup of a flow of ours that had not said so, the flow is protected.
     fn note_held(&mut self, peer: MemberId, (key, birth, update): Held) {
-        if self.backup_of_own(&key) != Some(peer) {
-            if self.unprotected.contains_key(&key) && self.pending_holders(&key)[1] == Some(peer) {
-                self.held_ahead.insert(key, (peer, birth, update));
+        let backups = self.backups_of_own(&key);
+        if !backups.contains(&Some(peer)) {
+            if self.unprotected.contains_key(&key) && self.pending_holders(&key)[1..].contains(&Some(peer)) {
+                self.held_ahead.insert((key, peer), (birth, update));
             }
             return;
         }
-        // A later version that waits for its own acknowledgement stays unprotected.
-        if self.unprotected.get(&key).is_some_and(|&(b, u)| b != birth || u > update) {
-            return;
+        match self.unprotected.get_mut(&key) {
+            Some(flow) => {
+                // A later version that waits for its own acknowledgement stays unprotected.
+                if flow.version.0 != birth || flow.version.1 > update {
+                    return;
+                }
+                for missing in flow.missing.iter_mut().filter(|missing| **missing == Some(peer)) {
+                    *missing = None;
+                }
+                if flow.missing.iter().any(Option::is_some) {
+                    return;
+                }
+            }
+            // It is protected, or nobody knows who else lacks it: then the next comparison says.
+            None if backups.iter().flatten().count() > 1 => return,
+            None => {}
         }
         self.unprotected.remove(&key);
         self.inbound.push_local(Apply::Protect { key, birth, update }, Then::Nothing);
@@ -400,7 +421,7 @@ impl Replicator {
 
     /// A peer's record was news to us: the other holders may not have it either, so tell them, all but the one it came from.
     ///
-    /// Between owner and backup this costs nothing. It repairs what moved while views differed, or while one change followed another
+    /// Between owner and backups this costs nothing. It repairs what moved while views differed, or while one change followed another
     /// before its transfers were done: who receives a record late gives it to who should have it now. It ends, because what is no
     /// news goes no further. What comes ahead of a planned change is no news to the present holders: one of them sent it.
     fn pass_on(&mut self, record: Record, from: MemberId) {
@@ -408,14 +429,21 @@ impl Replicator {
         if !self.holders(&record.key).contains(&local) && self.pending_holders(&record.key).contains(&local) {
             return;
         }
-        let backup = self.backup_of_own(&record.key);
-        if backup == Some(from) {
+        let holders = self.holders(&record.key);
+        // While nothing moves an owner tells all other holders by itself.
+        let at_rest = self.view.as_ref().is_some_and(|view| view.tables().count() == 1);
+        if at_rest && holders[0] == Some(from) && holders.contains(&local) {
+            return;
+        }
+        let backups = self.backups_of_own(&record.key);
+        let missing = backups.map(|backup| backup.filter(|&to| to != from));
+        if missing.iter().any(Option::is_some) {
+            let version = (record.birth, record.update);
+            self.unprotected.insert(record.key, Unprotected { version, missing });
+        } else if backups.contains(&Some(from)) {
             self.note_held(from, version(&record));
         }
-        for to in self.holders(&record.key).into_iter().flatten().filter(|&to| to != from) {
-            if backup == Some(to) {
-                self.unprotected.insert(record.key, (record.birth, record.update));
-            }
+        for to in holders.into_iter().flatten().filter(|&to| to != from) {
             self.push(to, Item::Associate { record, cache: false });
         }
     }

@@ -3,22 +3,24 @@
 //! A peer refused them; or, after members had been cut off from each other, what it acknowledged was another record of the flow than
 //! the one that was counted. Nobody would ever protect them.
 
-use phalanx_flow::{FlowKey, Record};
+use phalanx_flow::{FlowKey, MemberId, Record};
 
-use super::Replicator;
+use super::{Replicator, Unprotected};
 
 impl Replicator {
-    /// Some of them, at most `limit`: those whose backup is connected and has acknowledged all it was sent.
+    /// Some of them, at most `limit`: those of which a backup that has not acknowledged them is connected and has acknowledged all it was
+    /// sent.
     pub fn stalled(&self, limit: usize) -> Vec<FlowKey> {
-        let waits = |key: &&FlowKey| {
-            self.backup_of_own(key).and_then(|backup| self.peers.get(&backup)).is_some_and(|peer| {
+        let is_quiet = |backup: MemberId| {
+            self.peers.get(&backup).is_some_and(|peer| {
                 peer.connected
                     && peer.outbox.len() == 0
                     && peer.inflight.is_empty()
                     && peer.transfer.is_none()
             })
         };
-        self.unprotected.keys().filter(waits).take(limit).copied().collect()
+        let waits = |flow: &Unprotected| flow.missing.into_iter().flatten().any(is_quiet);
+        self.unprotected.iter().filter(|(_, flow)| waits(flow)).map(|(key, _)| *key).take(limit).collect()
     }
 
     /// What the forwarder has of a [stalled](Self::stalled) flow: it is told again, or no longer counted if there is nothing.

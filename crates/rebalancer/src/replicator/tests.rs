@@ -11,6 +11,7 @@ use super::*;
 use crate::codec::CodecError;
 use crate::testing::{TestRanking, backend, key, record};
 
+mod backups;
 mod world;
 use world::World;
 
@@ -20,8 +21,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
     #[test]
-    fn every_established_flow_ends_up_at_owner_and_backup_over_a_network_that_loses_connections(seed: u64) {
-        let mut world = World::new(&[1, 2, 3]);
+    fn every_established_flow_ends_up_at_owner_and_backup_over_a_network_that_loses_connections(
+        seed: u64,
+        backups in 1usize..=2,
+    ) {
+        let mut world = World::with_backups(&[1, 2, 3, 4], backups);
         world.seed(seed);
         world.loss = 12;
         for n in 0..100 {
@@ -32,11 +36,14 @@ proptest! {
         }
         world.settle();
         for n in 0..100 {
-            let mut holders = world.holders(n);
-            holders.sort_unstable();
+            let holders = world.sorted_holders(n);
+            prop_assert_eq!(holders.len(), backups + 1);
+            for &holder in &holders {
+                let record = world.record(holder, n);
+                prop_assert_eq!(record.map(|record| record.backend), Some(backend((n % 7) as u8)));
+                prop_assert_eq!(record.map(|record| record.version()), world.record(holders[0], n).map(|record| record.version()));
+            }
             prop_assert_eq!(world.has(n), holders);
-            prop_assert_eq!(world.record(holders[0], n).unwrap().backend, backend((n % 7) as u8));
-            prop_assert_eq!(world.record(holders[0], n).unwrap().version(), world.record(holders[1], n).unwrap().version());
             let [owner, _] = world.holders(n);
             prop_assert!(world.record(owner, n).unwrap().flags.has(FlowFlags::PROTECTED));
         }
@@ -44,8 +51,8 @@ proptest! {
     }
 
     #[test]
-    fn several_changes_at_once_and_in_a_row_lose_nothing(seed: u64) {
-        let mut world = World::new(&[1, 2, 3, 4]);
+    fn several_changes_at_once_and_in_a_row_lose_nothing(seed: u64, backups in 1usize..=2) {
+        let mut world = World::with_backups(&[1, 2, 3, 4], backups);
         world.seed(seed);
         world.loss = 15;
         for n in 0..80 {
@@ -87,9 +94,7 @@ proptest! {
         world.close_window();
         world.settle();
         for n in 0..80 {
-            let mut holders = world.holders(n);
-            holders.sort_unstable();
-            prop_assert_eq!(world.has(n), holders);
+            prop_assert_eq!(world.has(n), world.sorted_holders(n));
         }
         prop_assert_eq!(world.unprotected(), 0);
         prop_assert!(world.nodes.values().all(|node| node.replicator.transfers().count() == 0));

@@ -1,4 +1,4 @@
-//! *Held*: after quiescence exactly owner and backup hold each flow, with equal content, and the owner knows that it is protected.
+//! *Held*: after quiescence exactly owner and backups hold each flow, with equal content, and the owner knows that it is protected.
 
 use std::time::Duration;
 
@@ -89,7 +89,7 @@ fn check(
         return findings.violate(format!("{who}: held with {:?}", first.backend));
     }
     let settled = first.state != FlowState::HalfOpen;
-    if settled && holders.len() == 2 && !first.flags.has(FlowFlags::PROTECTED) {
+    if settled && holders.len() > 1 && !first.flags.has(FlowFlags::PROTECTED) {
         findings.violate(format!("{who}: unprotected"));
     }
 }

@@ -24,7 +24,10 @@ impl World {
 
     fn carry_out(&mut self, change: &Change) {
         match *change {
-            Change::Crash(node) => self.crash(node),
+            Change::Crash(node) => {
+                self.crash(node);
+                self.note_orphans();
+            }
             Change::CrashDaemon(node) => {
                 if self.nodes[node].process.is_some() && self.settings.balancer == Balancer::Phalanx {
                     self.end_daemon(node, false);

@@ -322,7 +322,7 @@ impl World {
         };
         let table = process.control.planner().current();
         for record in forwarder.flows() {
-            let [owner, backup] = table.holders(table.row_of(&record.key));
+            let [owner, backup, _] = table.holders(table.row_of(&record.key));
             if backup == Some(id) && owner.is_some_and(|owner| view.get(owner).is_none()) {
                 phalanx_forwarder::Forwarder::remove(&**forwarder, &record.key, 0, Duration::ZERO);
             }

@@ -80,6 +80,8 @@ pub struct World {
     last_change: &'static str,
     broken_by: BTreeMap<&'static str, [u64; 2]>,
     broken_at: Vec<Duration>,
+    /// Flows whose owner and backup died before anybody had noticed.
+    orphans: BTreeSet<usize>,
     checkers: Vec<Box<dyn Checker>>,
     findings: Findings,
     story: Option<Vec<(Duration, String)>>,
@@ -156,6 +158,7 @@ impl World {
             last_change: "start",
             broken_by: BTreeMap::new(),
             broken_at: Vec::new(),
+            orphans: BTreeSet::new(),
             findings: Findings::default(),
             story: told.then(Vec::new),
             watched: None,

@@ -196,6 +196,7 @@ pub(super) fn start(
         scoring: settings.scoring,
         rows: settings.rows,
         site_rule: settings.site_rule,
+        backups: settings.backups,
         handoff: Handoff { port: 6081, cookie: 1, old_cookie: None, fragment: false },
         replicate_syn: settings.replicate_syn,
     };

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use phalanx_flow::MemberId;
 use phalanx_flow::member::Liveness;
 use phalanx_membership::MemberState;
+use phalanx_rebalancer::Ranking as _;
 use rand::RngExt as _;
 
 use super::event::Event;
@@ -37,6 +39,8 @@ pub struct Report {
     pub broken_by: BTreeMap<&'static str, [u64; 2]>,
     /// When each connection was broken.
     pub broken_at: Vec<Duration>,
+    /// Flows whose owner and first backup died before anybody had noticed, and those of them that broke.
+    pub orphans: [u64; 2],
     /// Live flows when the changes under test began, and those off the consistent choice.
     pub live: usize,
     /// See [`Self::live`].
@@ -112,10 +116,32 @@ impl World {
         report.opened = self.opened;
         report.broken_by = self.broken_by;
         report.broken_at = self.broken_at;
+        let broken = self.orphans.iter().filter(|flow| self.flows[**flow].broken).count();
+        report.orphans = [self.orphans.len() as u64, broken as u64];
         report.packets = self.packets;
         report.hand_offs = self.hand_offs;
         report.story = self.story.unwrap_or_default();
         report
+    }
+
+    /// Somebody has died: notes the live flows whose owner and first backup, by the table in force, are both gone.
+    pub(super) fn note_orphans(&mut self) {
+        let Some(table) = self
+            .running()
+            .find_map(|node| self.nodes[node].process.as_ref())
+            .map(|process| process.control.planner().current())
+        else {
+            return;
+        };
+        let gone = |id: Option<MemberId>| {
+            id.and_then(|id| self.node_of(id)).is_some_and(|node| self.nodes[node].process.is_none())
+        };
+        let orphans = self.flows.iter().enumerate().filter(|(_, flow)| {
+            let [owner, backup, _] = table.holders(table.row_of(&flow.key));
+            flow.is_live() && gone(owner) && gone(backup)
+        });
+        let orphans: Vec<usize> = orphans.map(|(number, _)| number).collect();
+        self.orphans.extend(orphans);
     }
 
     fn run_until(&mut self, at: Duration) {

@@ -164,6 +164,25 @@ fn a_comparison_protects_what_the_backup_holds_the_same_of_and_nothing_else() {
 }
 
 #[test]
+fn with_two_backups_a_comparison_protects_once_both_have_answered() {
+    for reachable in [true, false] {
+        let mut site = Site::with_backups(&[1, 2, 3], 2);
+        site.see(&[1, 2, 3], &[], 1, None);
+        let ours = flows(|n| site.holders(*n) == [1, 2], 20);
+        for id in [1, 2, 3] {
+            site.forwarder(id).upsert(&ours.iter().map(|n| record(*n)).collect::<Vec<_>>());
+        }
+        if !reachable {
+            site.cut = vec![(1, 3)];
+        }
+        site.pass(Duration::from_secs(4));
+        let protected = ours.iter().filter(|n| site.is_protected(1, **n)).count();
+        let expected = if reachable { (20, 0) } else { (0, 20) };
+        assert_eq!((protected, site.control(1).replicator().unprotected()), expected);
+    }
+}
+
+#[test]
 fn only_an_answer_to_the_comparison_under_way_protects() {
     let mut site = Site::new(&[1, 2, 3]);
     site.see(&[1, 2, 3], &[], 1, None);

@@ -140,6 +140,15 @@ impl World {
         Self::ranked_by(ids, TestRanking::new(ids, ROWS), set_up)
     }
 
+    /// Members `ids` with so many backups a row.
+    pub(super) fn with_backups(ids: &[u32], backups: usize) -> Self {
+        Self::ranked_by(ids, TestRanking::new(ids, ROWS).with_backups(backups), |_| {})
+    }
+
+    fn rank(&self, members: &[(u32, u32)]) -> TestRanking {
+        TestRanking::weighted(members, ROWS).with_backups(self.ranking.backups())
+    }
+
     pub(super) fn ranked_by(ids: &[u32], ranking: TestRanking, set_up: impl FnOnce(&mut Self)) -> Self {
         let mut world = Self {
             now: epoch() + Duration::from_secs(86_400),
@@ -343,7 +352,16 @@ impl World {
     }
 
     pub(super) fn holders(&self, n: u16) -> [u32; 2] {
-        self.ranking.holders(self.ranking.row_of(&key(n))).map(|member| member.map_or(0, |member| member.0))
+        let [owner, backup, _] = self.ranking.holders(self.ranking.row_of(&key(n)));
+        [owner, backup].map(|member| member.map_or(0, |member| member.0))
+    }
+
+    /// All who should have the flow, in order of their names.
+    pub(super) fn sorted_holders(&self, n: u16) -> Vec<u32> {
+        let holders = self.ranking.holders(self.ranking.row_of(&key(n)));
+        let mut holders: Vec<u32> = holders.into_iter().flatten().map(|member| member.0).collect();
+        holders.sort_unstable();
+        holders
     }
 
     /// A flow number whose owner and backup are these.
@@ -423,7 +441,8 @@ impl World {
 
     /// Every member's daemon learns of a new ranking, with the old one as previous, and begins its transfers.
     pub(super) fn switch(&mut self, members: &[(u32, u32)]) {
-        let old = std::mem::replace(&mut self.ranking, Arc::new(TestRanking::weighted(members, ROWS)));
+        let new = Arc::new(self.rank(members));
+        let old = std::mem::replace(&mut self.ranking, new);
         let survivors = Survivors::all(self.live());
         for id in self.nodes.keys().copied().collect::<Vec<_>>() {
             let view = self.view(Some(old.clone()), &survivors.live);
@@ -446,7 +465,7 @@ impl World {
 
     /// Every member's daemon learns of a planned change and sends ahead what it moves; nothing is in force.
     pub(super) fn plan(&mut self, members: &[(u32, u32)]) -> Arc<TestRanking> {
-        let pending = Arc::new(TestRanking::weighted(members, ROWS));
+        let pending = Arc::new(self.rank(members));
         let survivors = Survivors::all(self.live());
         for id in self.nodes.keys().copied().collect::<Vec<_>>() {
             let view = ViewInput { pending: Some(pending.clone()), ..self.view(None, &survivors.live) };

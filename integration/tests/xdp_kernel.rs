@@ -168,10 +168,17 @@ fn half_open_flows_that_are_pushed_out_are_counted_and_others_are_not() {
     let counters = site.forwarder.counters();
     assert!(counters.half_open <= 1024 && counters.half_open > 256, "{}", counters.half_open);
     assert_eq!(counters.half_open_evicted, u64::from(FLOOD) - counters.half_open);
-    // One that is asked for again is none that was pushed out.
+    // One that is sent again is none that was pushed out, nor does it push out others, but for a batch that the kernel takes out at once
+    // (`LOCAL_FREE_TARGET` in `kernel/bpf/bpf_lru_list.c`) and the next new flow would have had taken out.
+    const BATCH: u64 = 128;
     let before = counters.half_open_evicted;
-    site.open(FLOOD - 1..FLOOD);
-    assert_eq!(site.forwarder.counters().half_open_evicted, before);
+    for _ in 0..1_000 {
+        site.open(FLOOD - 1..FLOOD);
+    }
+    let after = site.forwarder.counters();
+    assert!(after.half_open_evicted <= before + BATCH, "{} after {before}", after.half_open_evicted);
+    assert_eq!(after.half_open_evicted, u64::from(FLOOD) - after.half_open);
+    assert_eq!((after.outcome(Outcome::New), after.outcome(Outcome::Hit)), (u64::from(FLOOD), 1_000));
 }
 
 /// A switch floods what is for a host that it does not know; if members forwarded it, each would forward what the others had forwarded.

@@ -470,53 +470,6 @@ pub fn decide_into<T: Tables>(decision: &mut Decision, packet: &Packet, arrival:
     }
 }
 
-/// The way of most packets: an established flow of the flow table, whose packet changes nothing but when it was last seen.
-///
-/// What [`decide`] says of a packet from the wire, wherever this is not `None`: a verdict to forward to this backend, the outcome
-/// [`Outcome::Hit`], [`Action::Update`] with `last_seen_ms` of now, and nothing else. It is made of the same pieces, reads a row
-/// only when [`Hit::is_known_to_owner`], and no lease. `None` says nothing.
-#[inline(always)]
-pub fn hit<T: Tables>(
-    packet: &Packet,
-    tables: &T,
-    local: MemberSlot,
-    seed: FlowSeed,
-    now_ms: u64,
-) -> Option<Hit> {
-    if !matches!(packet.kind, PacketKind::Tcp { .. } | PacketKind::Datagram)
-        || !matches!(packet.fragment, Fragment::Whole)
-    {
-        return None;
-    }
-    let ServiceMatch::Service(service) = tables.service(&packet.key) else { return None };
-    let entry = tables.flow(&packet.key)?;
-    // Asked first, so that hardly anything of `advance` is left.
-    if entry.state != FlowState::Established as u8 || service.resets {
-        return None;
-    }
-    let (entry, changed) = advance(entry, packet, false);
-    if changed {
-        return None;
-    }
-    let is_known_to_owner = is_unreported(&entry, &service, now_ms);
-    if is_known_to_owner {
-        let row = tables.row(tables.hashed_row_of(&packet.key, seed));
-        if row.owner() != local {
-            return None;
-        }
-    }
-    Some(Hit { backend: entry.backend, is_known_to_owner })
-}
-
-/// What [`hit`] says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hit {
-    /// To whom.
-    pub backend: BackendIndex,
-    /// It was time to report that the flow lives, and we are its owner: `last_reported_ms` is now, too.
-    pub is_known_to_owner: bool,
-}
-
 /// All fragments of a packet meet at the owner of row hash(src, dst, protocol, id), who learns the ports from the first one.
 ///
 /// Whether the ports are known, and stand in the decision's key; if not, the decision is made.
@@ -720,17 +673,18 @@ fn pick<T: Tables>(
     }
     decision.verdict = Verdict::Forward(choice.backend);
     decision.outcome = outcome;
-    decision.entry = FlowEntry {
-        last_seen_ms: roles.local.now_ms,
-        last_reported_ms: roles.local.now_ms,
-        backend: choice.backend,
-        ..NO_ENTRY
-    };
+    decision.entry = picked(choice.backend, roles.local.now_ms);
     if record {
         decision.action = Action::Insert;
         decision.event = Some(FlowEventKind::New);
         decision.at_once = choice.unsettled;
     }
+}
+
+/// The entry of a flow that is new.
+#[inline(always)]
+const fn picked(backend: BackendIndex, now_ms: u64) -> FlowEntry {
+    FlowEntry { last_seen_ms: now_ms, last_reported_ms: now_ms, backend, ..NO_ENTRY }
 }
 
 /// Forwards by a known entry, and reports to the owner that the flow lives if it has not heard of it for a quarter of the time after
@@ -797,6 +751,10 @@ fn advance(mut entry: FlowEntry, packet: &Packet, failed: bool) -> (FlowEntry, b
         ),
     )
 }
+
+mod short;
+
+pub use short::{Hit, NewFlow, hit, new_flow};
 
 #[cfg(test)]
 mod claims;

@@ -189,6 +189,12 @@ pub fn encapsulate<F: Frame>(
     }
 }
 
+/// Whether [`encapsulate`] will neither say that the packet is too big nor that its time is over.
+#[inline(always)]
+pub const fn is_forwardable(packet: &Packet, method: Method, family: u8, mtu: u16) -> bool {
+    packet.l3_length <= mtu.saturating_sub(overhead(method, family)) && packet.ttl > 1
+}
+
 /// Sends the packet on to a backend on the same segment: it loses one TTL and gets new MAC addresses.
 #[inline(always)]
 pub fn forward_l2<F: Frame>(

@@ -441,8 +441,12 @@ pub mod stage {
     pub const PARSE: u32 = 7;
     /// Reads plain packets of IPv6.
     pub const V6: u32 = 8;
+    /// The whole way of new connections of IPv4.
+    pub const SYN4: u32 = 9;
+    /// The same of IPv6.
+    pub const SYN6: u32 = 10;
     /// How many there are.
-    pub const COUNT: u32 = 9;
+    pub const COUNT: u32 = 11;
 }
 
 /// Programs by their stage; the entry, which is attached, is [`ENTRY`].
@@ -456,6 +460,8 @@ pub const STAGES: [&str; stage::COUNT as usize] = [
     "phalanx_inner",
     "phalanx_parse",
     "phalanx_v6",
+    "phalanx_syn4",
+    "phalanx_syn6",
 ];
 /// The program that is attached.
 pub const ENTRY: &str = "phalanx";

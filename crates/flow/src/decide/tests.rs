@@ -92,3 +92,55 @@ fn the_owner_brings_the_time_up_to_date_that_others_report_and_tells_nobody() {
         assert_eq!((decision.entry.last_reported_ms, decision.event), (NOW_MS, event));
     }
 }
+
+#[test]
+fn what_is_a_new_flow_the_whole_decision_says_too_with_nothing_besides() {
+    let (mut new, mut none) = (0, 0);
+    for local in [OWNER, BACKUP, THIRD] {
+        for suspect in [None, Some(OWNER), Some(BACKUP)] {
+            for flow in [None, recorded()] {
+                for cached in [None, recorded()] {
+                    let world = World { suspect, flow, cached, ..World::of(local) };
+                    for packet in packets() {
+                        let Some(found) = new_flow(&packet, &world) else {
+                            none += 1;
+                            continue;
+                        };
+                        new += 1;
+                        let decision = decide(&packet, &Arrival::WIRE, &world);
+                        let expected = Decision {
+                            verdict: Verdict::Forward(found.entry.backend),
+                            outcome: Outcome::New,
+                            key: packet.key,
+                            hash: found.hash,
+                            service: decision.service,
+                            action: Action::Insert,
+                            entry: found.entry,
+                            event: Some(FlowEventKind::New),
+                            at_once: found.at_once,
+                            erase_cache: true,
+                            learn_fragment: false,
+                        };
+                        assert_eq!(decision, expected, "{packet:?}");
+                    }
+                }
+            }
+        }
+    }
+    assert!(new > 100 && none > new, "{new} and {none}");
+}
+
+#[test]
+fn a_syn_of_the_owners_is_a_new_flow_and_one_that_is_known_or_anothers_is_none() {
+    let new = |flags, world: &World| {
+        new_flow(&parse(samples::tcp(4, flags, b"").as_slice(), Link::Ip).unwrap(), world).is_some()
+    };
+    assert!(new(tcp_flags::SYN, &World::of(OWNER)));
+    assert!(!new(tcp_flags::SYN | tcp_flags::ACK, &World::of(OWNER)));
+    assert!(!new(tcp_flags::ACK, &World::of(OWNER)));
+    assert!(!new(tcp_flags::SYN, &World { flow: recorded(), ..World::of(OWNER) }));
+    // Not even where the owner is suspected, which is for the whole decision.
+    for suspect in [None, Some(OWNER)] {
+        assert!(!new(tcp_flags::SYN, &World { suspect, ..World::of(BACKUP) }));
+    }
+}

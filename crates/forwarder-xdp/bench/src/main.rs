@@ -113,52 +113,57 @@ fn config() -> Option<&'static mut Config> {
     CONFIG.get_ptr_mut(0).map(|config| unsafe { &mut *config })
 }
 
-/// Undoes what the run before did to a plain frame, and runs what is measured.
-#[xdp]
-pub fn harness(ctx: XdpContext) -> u32 {
+/// Where the first source address is in a plain frame, and in one that is handed off.
+const ADDRESS: usize = 26;
+const ADDRESS_INSIDE: usize = 94;
+
+/// Restores the frame, then does the rest.
+#[inline(always)]
+fn restored<const W: usize>(
+    ctx: &XdpContext,
+    address_at: usize,
+    rest: impl FnOnce(&XdpContext, &Config) -> u32,
+) -> u32 {
     let Some(config) = config() else { return XDP_ABORTED };
-    if !restore::<{ DIRECT / 8 }>(&ctx, config, 26) {
-        return XDP_ABORTED;
-    }
+    if restore::<W>(ctx, config, address_at) { rest(ctx, config) } else { XDP_ABORTED }
+}
+
+#[inline(always)]
+fn run(ctx: &XdpContext, config: &Config) -> u32 {
     // SAFETY: the context is the kernel's.
-    unsafe { TARGETS.tail_call(&ctx, config.target) };
+    unsafe { TARGETS.tail_call(ctx, config.target) };
     XDP_ABORTED
 }
 
-/// The same for a frame that is handed off.
-#[xdp]
-pub fn harness_in(ctx: XdpContext) -> u32 {
-    let Some(config) = config() else { return XDP_ABORTED };
-    if !restore::<{ HANDED_OFF / 8 }>(&ctx, config, 94) {
-        return XDP_ABORTED;
-    }
-    // SAFETY: as above.
-    unsafe { TARGETS.tail_call(&ctx, config.target) };
-    XDP_ABORTED
-}
-
-/// Sends plain frames out of an interface.
-#[xdp]
-pub fn generate(ctx: XdpContext) -> u32 {
-    let Some(config) = config() else { return XDP_ABORTED };
-    if !restore::<{ DIRECT / 8 }>(&ctx, config, 26) {
-        return XDP_ABORTED;
-    }
+#[inline(always)]
+fn send(_: &XdpContext, config: &Config) -> u32 {
     // SAFETY: plain numbers.
     let _ = unsafe { bpf_redirect(config.interface, 0) };
     XDP_REDIRECT
 }
 
+/// Undoes what the run before did to a plain frame, and runs what is measured.
+#[xdp]
+pub fn harness(ctx: XdpContext) -> u32 {
+    restored::<{ DIRECT / 8 }>(&ctx, ADDRESS, run)
+}
+
+/// The same for a frame that is handed off.
+#[xdp]
+pub fn harness_in(ctx: XdpContext) -> u32 {
+    restored::<{ HANDED_OFF / 8 }>(&ctx, ADDRESS_INSIDE, run)
+}
+
+/// Sends plain frames out of an interface.
+#[xdp]
+pub fn generate(ctx: XdpContext) -> u32 {
+    restored::<{ DIRECT / 8 }>(&ctx, ADDRESS, send)
+}
+
 /// Sends handed-off frames out of an interface.
 #[xdp]
 pub fn generate_in(ctx: XdpContext) -> u32 {
-    let Some(config) = config() else { return XDP_ABORTED };
-    if !restore::<{ HANDED_OFF / 8 }>(&ctx, config, 94) {
-        return XDP_ABORTED;
-    }
-    // SAFETY: as above.
-    let _ = unsafe { bpf_redirect(config.interface, 0) };
-    XDP_REDIRECT
+    restored::<{ HANDED_OFF / 8 }>(&ctx, ADDRESS_INSIDE, send)
 }
 
 /// Counts and drops, and looks at the clock now and then.
@@ -242,9 +247,8 @@ pub fn minimal(ctx: XdpContext) -> u32 {
     let [m0, m1, m2, m3, m4, m5] = value.macs;
     // SAFETY: compared with the frame's end.
     unsafe {
-        *head = [
-            m0, m1, m2, m3, m4, m5, 0x0008, first, total, 0, fragment, ttl, !(sum as u16), s0, s1, d0, d1,
-        ];
+        *head =
+            [m0, m1, m2, m3, m4, m5, 0x0008, first, total, 0, fragment, ttl, !(sum as u16), s0, s1, d0, d1];
     }
     XDP_TX
 }

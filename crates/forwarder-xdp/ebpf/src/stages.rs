@@ -5,6 +5,7 @@ mod decide;
 mod enter;
 mod open;
 mod send;
+mod syn;
 
 use core::arch::asm;
 

@@ -1,11 +1,13 @@
 //! What came out, as a table or as JSON.
 
-use crate::{Case, Result};
+use crate::{Case, Measured, Result};
 
 /// All rounds.
 pub(crate) struct Report {
     cases: &'static [Case],
     rounds: Vec<Vec<f64>>,
+    /// The same of whole calls.
+    calls: Vec<Vec<f64>>,
 }
 
 /// Median, and the quartiles around it.
@@ -35,11 +37,12 @@ impl Spread {
 
 impl Report {
     pub(crate) fn new(cases: &'static [Case]) -> Self {
-        Self { cases, rounds: Vec::new() }
+        Self { cases, rounds: Vec::new(), calls: Vec::new() }
     }
 
-    pub(crate) fn add(&mut self, nanoseconds: &[f64]) {
-        self.rounds.push(nanoseconds.to_vec());
+    pub(crate) fn add(&mut self, measured: &[Measured]) {
+        self.rounds.push(measured.iter().map(|measured| measured.packet).collect());
+        self.calls.push(measured.iter().map(|measured| measured.call).collect());
     }
 
     fn place(&self, name: &str, flows: u32, live: bool) -> usize {
@@ -78,6 +81,22 @@ impl Report {
         Some((gross, Some(net)))
     }
 
+    /// With live frames: as [`Self::ratios`], where each frame has its share of the call that sent it; and as many times the frames of the
+    /// minimal program with as many flows.
+    fn live_ratios(&self, place: usize) -> (String, String) {
+        let case = &self.cases[place];
+        let ratio = |rounds: &[Vec<f64>], reference: usize| {
+            Spread::of(rounds.iter().map(|round| round[reference] / round[place])).show(2)
+        };
+        let whole = case
+            .reference
+            .map_or(String::new(), |(name, flows, _)| ratio(&self.calls, self.place(name, flows, true)));
+        let minimal = self.cases.iter().position(|other| {
+            other.live && other.flows == case.flows && other.name == "minimal" && case.name != "minimal"
+        });
+        (whole, minimal.map_or(String::new(), |minimal| ratio(&self.rounds, minimal)))
+    }
+
     pub(crate) fn print(&self) {
         println!(
             "{} rounds, each case once a round; medians, and lower to upper quartile.\n\
@@ -105,8 +124,10 @@ impl Report {
                 self.net(place).show(0),
             );
         }
-        println!("\n| live frames | flows | M packets/s | beside | ratio | target |");
-        println!("|---|---|---|---|---|---|");
+        println!(
+            "\n| live frames | flows | M packets/s | beside | ratio | ratio with the calls | ratio to minimal | target |"
+        );
+        println!("|---|---|---|---|---|---|---|---|");
         for (place, case) in self.cases.iter().enumerate().filter(|(_, case)| case.live) {
             let rate = Spread::of(self.rounds.iter().map(|round| 1e3 / round[place]));
             let (beside, ratio, target) = match (case.reference, self.ratios(place)) {
@@ -117,8 +138,9 @@ impl Report {
                 ),
                 _ => Default::default(),
             };
+            let (whole, minimal) = self.live_ratios(place);
             println!(
-                "| {} | {} | {} | {beside} | {ratio} | {target} |",
+                "| {} | {} | {} | {beside} | {ratio} | {whole} | {minimal} | {target} |",
                 case.name,
                 count(case.flows),
                 rate.show(2)

@@ -4,7 +4,7 @@ use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
 use phalanx_flow::decide::{Action, DropReason, decide_into};
-use phalanx_flow::{FlowState, Verdict};
+use phalanx_flow::{FlowEntry, FlowEventKind, FlowKey, FlowState, Verdict};
 
 use super::{NO_WAKEUP, count, counters, drop, go, header, work};
 use crate::abi::{CpuCounters, FRAGMENT_LIFE_MS, Ports, RawEvent, drops, punt, stage};
@@ -122,22 +122,36 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View<false>) {
         return;
     }
     if let Some(kind) = decision.event {
-        if let Some(mut event) = EVENTS.reserve::<RawEvent>(0) {
-            let place = event.as_mut_ptr();
-            // SAFETY: the place was reserved, and every byte of it is written.
-            unsafe {
-                copy(&raw mut (*place).key, &decision.key);
-                copy(&raw mut (*place).entry, &decision.entry);
-                (*place).kind = kind as u8;
-                (*place).at_once = decision.at_once as u8;
-                (*place).reserved = [0; 6];
-            }
-            event.submit(NO_WAKEUP);
-        } else {
-            counters.events_lost = counters.events_lost.wrapping_add(1);
-        }
+        tell(counters, kind, decision.at_once, &decision.key, &decision.entry);
     }
 }
+
+/// Tells the daemon of a flow.
+#[inline(always)]
+pub(super) fn tell(
+    counters: &mut CpuCounters,
+    kind: FlowEventKind,
+    at_once: bool,
+    key: &FlowKey,
+    entry: &FlowEntry,
+) {
+    let Some(mut event) = EVENTS.reserve::<RawEvent>(0) else {
+        counters.events_lost = counters.events_lost.wrapping_add(1);
+        return;
+    };
+    let place = event.as_mut_ptr();
+    // SAFETY: the place was reserved, and every byte of it is written.
+    unsafe {
+        copy(&raw mut (*place).key, key);
+        copy(&raw mut (*place).entry, entry);
+        // The last eight bytes: kind, whether at once, zeroes.
+        let rest = u64::from_le_bytes([kind as u8, at_once as u8, 0, 0, 0, 0, 0, 0]);
+        (&raw mut (*place).kind).cast::<u64>().write(rest);
+    }
+    event.submit(NO_WAKEUP);
+}
+
+const _: () = assert!(core::mem::offset_of!(RawEvent, kind) == 80);
 
 /// Copies in words: the compiler would call a function that copies bytes.
 ///

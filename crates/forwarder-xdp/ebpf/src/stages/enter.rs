@@ -50,7 +50,7 @@ pub fn phalanx_v6(ctx: XdpContext) -> u32 {
 
 /// What stages tell each other, for a packet from the wire.
 #[inline(always)]
-fn start_work(plan: u32) -> Option<&'static mut Work> {
+pub(super) fn start_work(plan: u32) -> Option<&'static mut Work> {
     let work = work()?;
     work.plan = plan;
     work.bare = 0;
@@ -71,6 +71,9 @@ fn plain(
     plan: u32,
     packet: Packet,
 ) -> u32 {
+    if matches!(packet.kind, PacketKind::TcpSyn) {
+        return if packet.key.family == 4 { go(ctx, stage::SYN4) } else { go(ctx, stage::SYN6) };
+    }
     let words = in_words(&packet.key);
     let packet = &Packet { key: of_words(words, packet.key.family), ..packet };
     let handed_off = is_handed_off(packet, words, header);

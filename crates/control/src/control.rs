@@ -12,15 +12,17 @@ use phalanx_forwarder::{Forwarder, InstallError, RowSet, Upserted};
 use phalanx_membership::{Digest, KeyRing, MemberState, MemberView, View};
 use phalanx_rebalancer::{
     Ahead, Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, PeerError, Policy, Ranking,
-    Replicator, ViewInput, changed_rows, former_entries, plan, plan_cache_offers, plan_refill,
+    Replicator, ViewInput, changed_rows, former_entries, plan, plan_refill,
 };
 
 use crate::change::{Consequence, Happening, Phase};
 use crate::lost::Traffic;
 use crate::planner::{Destinations, Planner, Service, TableChange, TableRanking};
 
+mod cached;
 mod repair;
 
+use cached::Kept;
 use repair::Repair;
 pub use repair::{REPAIR_EVERY, RepairCounters};
 
@@ -114,6 +116,7 @@ pub struct Control {
     transferring: bool,
     change: Phase,
     repair: Repair,
+    kept_cached: Option<Kept>,
     leaving_since: Option<Instant>,
     /// Since when we rank no more.
     unranked_since: Option<Instant>,
@@ -150,6 +153,7 @@ impl Control {
             transferring: false,
             change: Phase::Settled,
             repair: Repair::default(),
+            kept_cached: None,
             leaving_since: None,
             unranked_since: None,
             ready_to_leave_at: None,
@@ -295,6 +299,7 @@ impl Control {
         self.tell_again_if_due(now);
         self.close_window_if_due(now);
         self.sweep_if_due(now);
+        self.forget_cached_if_due(now);
         self.leave_if_due(now);
     }
 
@@ -420,14 +425,7 @@ impl Control {
         }
         self.protect_what_came_ahead(change);
         if change.departed && self.settings.cache {
-            let cached = self.forwarder.flush_cache();
-            self.with_change(change, |this, change| {
-                this.replicator.begin_transfer(now, plan_cache_offers(change, cached.iter().copied()));
-            });
-            self.transferring = true;
-            if !self.settings.flush_on_leave {
-                self.forwarder.upsert_cache(&cached);
-            }
+            self.offer_cached(change, now);
         }
         self.table_changed(now);
         self.window_opened = self.planner.previous().next().map(|_| now);

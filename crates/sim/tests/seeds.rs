@@ -128,6 +128,7 @@ fn owner_and_backup_lost_at_once_break_connections_with_one_backup_and_none_with
         assert!(loss.orphans > 20 && loss.open > 150, "{loss:?}");
     }
     assert!(one.broken_orphans * 5 > one.orphans, "{one:?}");
+    assert!(cached.broken_orphans * 4 < one.broken_orphans * 3, "{cached:?}, without caches {one:?}");
     assert_eq!((two.broken_orphans, two.broken), (0, 0), "{two:?}");
 }
 

@@ -20,6 +20,7 @@ use super::*;
 use crate::planner::Fixed;
 
 mod aging;
+mod cached;
 
 const FLOWS: u16 = 60;
 /// What a member's flow table takes.

@@ -1,0 +1,69 @@
+//! What a cache has to offer when members are lost (claim 20, \[750\]).
+//!
+//! Owner and backup that are lost in one moment are confirmed down one after the other, and the cache is flushed at the first: what stood
+//! in it is kept for a while, and offered again when the next one is confirmed, by the table that counted before the first.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use phalanx_flow::{FlowKey, Record};
+use phalanx_rebalancer::{Change, plan_cache_offers};
+
+use super::Control;
+use crate::planner::{TableChange, TableRanking};
+
+/// Members that are lost in one moment are confirmed down within this of each other: some probe rounds, also under load. Far shorter than
+/// an end is remembered (120 s), so that nothing is offered that has ended.
+const KEPT_FOR: Duration = Duration::from_secs(10);
+
+/// What stood in the cache when somebody was lost.
+pub(super) struct Kept {
+    /// When somebody was last lost: the time of the idle times.
+    at: Instant,
+    /// The table that was in force before.
+    base: Arc<TableRanking>,
+    records: HashMap<FlowKey, Record>,
+}
+
+impl Control {
+    /// Members are gone: offers what the cache has of flows all of whose holders are, and flushes it.
+    pub(super) fn offer_cached(&mut self, change: &TableChange, now: Instant) {
+        let cached = self.forwarder.flush_cache();
+        if !self.settings.flush_on_leave {
+            self.forwarder.upsert_cache(&cached);
+        }
+        let mut kept = self.kept_cached.take().unwrap_or_else(|| Kept {
+            at: now,
+            base: Arc::clone(&change.old),
+            records: HashMap::new(),
+        });
+        let passed = now.saturating_duration_since(kept.at).as_millis();
+        for record in kept.records.values_mut() {
+            record.idle_ms = record.idle_ms.saturating_add(u32::try_from(passed).unwrap_or(u32::MAX));
+        }
+        kept.at = now;
+        kept.records.extend(cached.into_iter().map(|record| (record.key, record)));
+        self.with_change(change, |this, change| {
+            let change = Change { old: &*kept.base, ..*change };
+            let mut records: Vec<Record> = kept.records.values().copied().collect();
+            records.sort_by_key(|record| record.key);
+            let offers = plan_cache_offers(&change, records.iter().copied());
+            // What is ours from now on nobody else need send us.
+            let is_ours = |record: &Record| {
+                let row = change.new.row_of(&record.key);
+                change.sender(row).is_none() && change.receivers(row).any(|member| member == change.local)
+            };
+            records.retain(is_ours);
+            this.upsert(now, &mut records, &mut Vec::new());
+            this.replicator.begin_transfer(now, offers);
+        });
+        self.kept_cached = Some(kept);
+        self.transferring = true;
+    }
+
+    /// Lets go of what is kept.
+    pub(super) fn forget_cached_if_due(&mut self, now: Instant) {
+        self.kept_cached.take_if(|kept| now.saturating_duration_since(kept.at) >= KEPT_FOR);
+    }
+}

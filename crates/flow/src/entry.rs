@@ -3,7 +3,7 @@
 use core::cmp::Ordering;
 use core::net::IpAddr;
 
-use crate::key::FlowKey;
+use crate::key::{FlowKey, TCP};
 
 /// How a packet reaches its backend (design §5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -204,6 +204,7 @@ impl Record {
     /// What orders this record among those of its flow.
     pub const fn version(&self) -> Version {
         Version {
+            tcp: self.key.protocol == TCP,
             recovered: self.flags.has(FlowFlags::RECOVERED),
             state: self.state,
             birth: self.birth,
@@ -220,6 +221,8 @@ impl Record {
 /// What orders two records of one flow (design §4, "Versions").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Version {
+    /// The flow begins with a handshake: it has another birth only if its tuple was used again.
+    pub tcp: bool,
     /// Not made by a SYN.
     pub recovered: bool,
     /// How far the flow has come.
@@ -233,9 +236,12 @@ pub struct Version {
 impl Version {
     /// Whether `incoming` replaces this one, when both are of one flow, from wherever they came.
     ///
-    /// The order is total and the same on every member: made by a SYN before recovered; of one birth and backend the later update, and of
-    /// equal ones, which two members made at once, the state that is further on; live before closing; then the earlier birth, then the
-    /// lower backend.
+    /// The order is total and the same on every member: made by a SYN before recovered; then by birth; then the lower backend; of one birth
+    /// and backend the later update, and of equal ones, which two members made at once, the state that is further on.
+    ///
+    /// Of connections that SYNs made the later birth stays: the client has used the tuple again, and whoever still has the connection
+    /// before it, live or closing, has missed that. Of guesses and of datagrams, which say nothing of a beginning, the earlier one: by
+    /// that one packets have been forwarded for longer.
     /// `backends` is this record's [`BackendId`] compared with the incoming one's, because indexes are local.
     pub fn is_replaced_by(self, incoming: Self, backends: Ordering) -> bool {
         match (self.recovered, incoming.recovered) {
@@ -243,19 +249,14 @@ impl Version {
             (true, false) => return true,
             _ => {}
         }
-        if self.birth == incoming.birth && backends == Ordering::Equal {
-            return (incoming.update, incoming.state) > (self.update, self.state);
-        }
-        match (self.state.is_live(), incoming.state.is_live()) {
-            (true, false) => return false,
-            (false, true) => return true,
-            _ => {}
-        }
         // An unstamped record (0) is the newest of all: wrapping makes it the largest.
-        match incoming.birth.wrapping_sub(1).cmp(&self.birth.wrapping_sub(1)) {
-            Ordering::Less => true,
-            Ordering::Greater => false,
-            Ordering::Equal => backends == Ordering::Greater,
+        match (incoming.birth.wrapping_sub(1).cmp(&self.birth.wrapping_sub(1)), backends) {
+            (Ordering::Greater, _) => self.tcp && !self.recovered,
+            (Ordering::Less, _) => !self.tcp || self.recovered,
+            (Ordering::Equal, Ordering::Equal) => {
+                (incoming.update, incoming.state) > (self.update, self.state)
+            }
+            (Ordering::Equal, backends) => backends == Ordering::Greater,
         }
     }
 }

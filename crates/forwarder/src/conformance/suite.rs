@@ -136,12 +136,12 @@ fn upserts(start: &mut Start<'_>) {
         [Upserted::Applied, Upserted::Stale, Upserted::UnknownBackend, Upserted::Applied, Upserted::Stale]
     );
     assert_eq!(forwarder.get(&key(FLOW)).map(|record| record.state), Some(FlowState::Closing));
-    // Live goes before closing, an earlier birth before a later one, made by a SYN before recovered.
-    let live = Record { birth: 200, backend: backends()[2], ..first };
-    let earlier = Record { birth: 150, backend: backends()[3], ..first };
-    let recovered = Record { flags: FlowFlags(FlowFlags::RECOVERED), birth: 1, ..first };
+    // The connection that uses the tuple again goes before the one that used it, made by a SYN before recovered.
+    let again = Record { birth: 200, backend: backends()[2], ..first };
+    let once_more = Record { birth: 250, backend: backends()[3], ..first };
+    let recovered = Record { flags: FlowFlags(FlowFlags::RECOVERED), birth: 300, ..first };
     assert_eq!(
-        forwarder.upsert(&[live, earlier, live, recovered]),
+        forwarder.upsert(&[again, once_more, again, recovered]),
         [Upserted::Applied, Upserted::Applied, Upserted::Stale, Upserted::Stale]
     );
     assert_eq!(destination(&mut *harness, ACK), ip("fd00:1::4"));

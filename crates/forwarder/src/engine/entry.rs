@@ -41,6 +41,7 @@ pub fn record_of(key: &FlowKey, entry: &FlowEntry, backend: BackendId, now_ms: u
 /// Whether a record takes the place of an entry, whose backend is `backend` (`None`: nobody knows any more).
 pub fn is_replaced(entry: &FlowEntry, backend: Option<BackendId>, record: &Record) -> bool {
     let version = Version {
+        tcp: record.key.protocol == phalanx_flow::key::TCP,
         recovered: entry.flags.has(FlowFlags::RECOVERED),
         state: entry.flow_state(),
         birth: entry.birth,

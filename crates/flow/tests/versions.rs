@@ -1,0 +1,104 @@
+//! Which of two records of one flow stays (design §4, "Versions"; docs/design/0009-later-birth.md).
+#![expect(clippy::expect_used, clippy::panic, reason = "tests run on the host and may fail loudly")]
+
+use core::cmp::Ordering;
+use core::net::IpAddr;
+
+use phalanx_flow::key::{TCP, UDP};
+use phalanx_flow::{BackendId, FlowFlags, FlowKey, FlowState, Method, Record};
+
+const STATES: [FlowState; 4] =
+    [FlowState::HalfOpen, FlowState::Established, FlowState::Closing, FlowState::Reset];
+
+fn record(protocol: u8, recovered: bool, state: FlowState, birth: u64, update: u32, backend: u8) -> Record {
+    let address = |last: u8| IpAddr::from([192, 0, 2, last]);
+    Record {
+        key: FlowKey::new(protocol, (address(1), 4000), (address(2), 443)).expect("of one family"),
+        backend: BackendId::new(address(backend), Method::L2, 0),
+        birth,
+        update,
+        state,
+        flags: FlowFlags(if recovered { FlowFlags::RECOVERED } else { 0 }),
+        idle_ms: 0,
+    }
+}
+
+fn all(protocol: u8) -> Vec<Record> {
+    let mut records = Vec::new();
+    for recovered in [false, true] {
+        for state in STATES {
+            for birth in [0, 10, 20, 30] {
+                for update in [0, 1] {
+                    for backend in [5, 6] {
+                        records.push(record(protocol, recovered, state, birth, update, backend));
+                    }
+                }
+            }
+        }
+    }
+    records
+}
+
+/// How `a` stands to `b`: `Greater` if it stays whichever comes second.
+fn order(a: &Record, b: &Record) -> Ordering {
+    match (b.is_replaced_by(a), a.is_replaced_by(b)) {
+        (true, false) => Ordering::Greater,
+        (false, true) => Ordering::Less,
+        (false, false) => Ordering::Equal,
+        (true, true) => panic!("each replaces the other: {a:?} {b:?}"),
+    }
+}
+
+#[test]
+fn two_records_of_one_flow_are_ordered_the_same_way_everywhere() {
+    for protocol in [TCP, UDP] {
+        let records = all(protocol);
+        for a in &records {
+            for b in &records {
+                assert_eq!(order(a, b), order(b, a).reverse());
+                let same = (a.backend, a.birth, a.update, a.state, a.flags)
+                    == (b.backend, b.birth, b.update, b.state, b.flags);
+                assert_eq!(order(a, b) == Ordering::Equal, same, "{a:?} {b:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_order_has_no_circle() {
+    for protocol in [TCP, UDP] {
+        let records = all(protocol);
+        for a in &records {
+            for b in &records {
+                for c in &records {
+                    let circle = [order(a, b), order(b, c), order(c, a)] == [Ordering::Greater; 3];
+                    assert!(!circle, "{a:?} {b:?} {c:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_connection_that_uses_a_tuple_again_takes_the_place_of_the_one_before_however_far_each_has_come() {
+    for before in STATES {
+        for now in STATES {
+            let old = record(TCP, false, before, 10, 7, 5);
+            let new = record(TCP, false, now, 20, 1, 6);
+            assert_eq!(order(&new, &old), Ordering::Greater, "{now:?} after {before:?}");
+        }
+    }
+    // The twin: datagrams say nothing of a new beginning.
+    let [old, new] =
+        [(10, 5), (20, 6)].map(|(birth, backend)| record(UDP, false, STATES[1], birth, 0, backend));
+    assert_eq!(order(&new, &old), Ordering::Less);
+}
+
+#[test]
+fn what_was_guessed_never_overwrites_what_a_syn_made_nor_an_earlier_guess() {
+    let guess = record(TCP, true, FlowState::Established, 20, 3, 5);
+    let made = record(TCP, false, FlowState::Closing, 10, 0, 6);
+    assert_eq!(order(&made, &guess), Ordering::Greater);
+    let earlier = record(TCP, true, FlowState::Closing, 10, 3, 6);
+    assert_eq!(order(&earlier, &guess), Ordering::Greater);
+}

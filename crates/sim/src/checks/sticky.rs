@@ -36,6 +36,8 @@ pub struct Sticky {
     lost: Vec<Option<Loss>>,
     /// Who held what before the change that is carried out now.
     reach: Vec<BTreeSet<usize>>,
+    /// Since when, and until when, what some members learn may not be known to others.
+    apart: Option<(Duration, Duration)>,
 }
 
 #[derive(Clone, Debug)]
@@ -75,7 +77,7 @@ fn is_ahead(world: &World, node: usize, key: &FlowKey) -> bool {
 }
 
 /// Whether the flow is one that a full table could not take: it goes on by the consistent choice, and that is counted (design §4).
-fn found_no_room(world: &World, node: usize, key: &FlowKey) -> bool {
+fn found_no_room(world: &World, node: usize, key: &FlowKey, backend: Option<usize>) -> bool {
     let Some(forwarder) = &world.nodes[node].forwarder else { return false };
     let full = phalanx_forwarder::Forwarder::counters(&**forwarder).table_full > 0;
     let (id, process) = (world.nodes[node].id, &world.nodes[node].process);
@@ -84,7 +86,8 @@ fn found_no_room(world: &World, node: usize, key: &FlowKey) -> bool {
         let gives = |table: &TableRanking| table.holders(table.row_of(key)).contains(&Some(id));
         gives(&planner.current()) || planner.previous().any(|table| gives(&table))
     });
-    let has_it = phalanx_forwarder::Forwarder::get(&**forwarder, key).is_some();
+    let record = phalanx_forwarder::Forwarder::get(&**forwarder, key);
+    let has_it = record.is_some_and(|record| Some(backend_number(&record.backend)) == backend);
     full && has_row && !has_it && world.nodes[node].is_cramped()
 }
 
@@ -102,6 +105,18 @@ fn reach(world: &World) -> Vec<BTreeSet<usize>> {
 
 fn is_trouble(change: &Change) -> bool {
     !matches!(change, Change::Rehash | Change::Burst(_))
+}
+
+impl Sticky {
+    /// Whether the connection was opened while members were apart, and has come to such as have not heard of it.
+    fn is_unheard_of(&self, world: &World, packet: &Packet) -> bool {
+        let Some((since, until)) = self.apart else { return false };
+        let held = holders(world, packet.flow);
+        let opened = world.flows[packet.flow].established;
+        opened.is_some_and(|at| at + REPLICATED >= since)
+            && until >= world.now
+            && !packet.path.iter().any(|node| held.contains(&usize::from(*node)))
+    }
 }
 
 impl Checker for Sticky {
@@ -157,6 +172,11 @@ impl Checker for Sticky {
     }
 
     fn sampled(&mut self, world: &World, _: &mut Findings) {
+        if !world.all_linked() {
+            let since =
+                self.apart.filter(|(_, until)| *until >= world.now).map_or(world.now, |(since, _)| since);
+            self.apart = Some((since, world.now + MERGED));
+        }
         // As long as members are apart, what one side lost stays lost to it.
         if world.is_troubled() {
             let until = world.now + MERGED;
@@ -189,8 +209,8 @@ impl Checker for Sticky {
             _ => world.settings.idle,
         };
         let over = world.now.saturating_sub(flow.forwarded) > life;
-        let no_room = (0..world.nodes.len()).any(|node| found_no_room(world, node, &flow.key));
-        if excused || no_room || over {
+        let no_room = (0..world.nodes.len()).any(|node| found_no_room(world, node, &flow.key, flow.backend));
+        if excused || no_room || over || self.is_unheard_of(world, packet) {
             return findings.excused.push(packet.flow);
         }
         let held: Vec<usize> = holders(world, packet.flow).into_iter().map(|node| node + 1).collect();

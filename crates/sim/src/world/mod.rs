@@ -189,6 +189,13 @@ impl World {
         a == b || (self.reaches(a, b) && self.reaches(b, a))
     }
 
+    /// Whether all members that run exchange packets with each other, and none stands still.
+    pub fn all_linked(&self) -> bool {
+        let running: Vec<usize> = self.running().collect();
+        running.iter().all(|a| running.iter().all(|b| self.linked(*a, *b)))
+            && self.nodes.iter().all(|node| node.stalled.is_none())
+    }
+
     /// The place of a member.
     pub fn node_of(&self, id: MemberId) -> Option<usize> {
         (id.0 as usize).checked_sub(1).filter(|at| *at < self.nodes.len())

@@ -28,6 +28,10 @@ pub(super) struct Link {
     blocked: bool,
     /// Counts the times it was blocked: a silence that ended does not break it later.
     silences: u64,
+    /// The end whose process is gone: what has not come through by now is not sent again.
+    gone: Option<usize>,
+    /// Something it had sent is missing: what comes later is of no use.
+    gap: bool,
 }
 
 fn pair(a: usize, b: usize) -> (usize, usize) {
@@ -64,6 +68,8 @@ impl World {
                     held: VecDeque::new(),
                     blocked: false,
                     silences: 0,
+                    gone: None,
+                    gap: false,
                 },
             );
             self.pairs.insert(pair(at, peer), link);
@@ -137,6 +143,12 @@ impl World {
         let links: Vec<u64> =
             self.links.iter().filter(|(_, link)| link.ends.contains(&at)).map(|(id, _)| *id).collect();
         for link in links {
+            if let Some(state) = self.links.get_mut(&link) {
+                let before = state.held.len();
+                state.held.retain(|(to, _)| *to == at);
+                state.gap |= state.held.len() < before;
+                state.gone = Some(at);
+            }
             let late = self.network.random_range(Duration::from_millis(1)..SILENCE);
             self.push_in(late, Event::Break { link, silence: None });
         }
@@ -187,6 +199,10 @@ impl World {
     pub(super) fn bytes(&mut self, link: u64, from: usize, to: usize, bytes: Vec<u8>) {
         let passes = self.linked(from, to);
         let Some(state) = self.links.get_mut(&link) else { return };
+        if state.gone == Some(from) && (state.gap || !passes) {
+            state.gap = true;
+            return;
+        }
         if !passes || !state.held.is_empty() {
             state.held.push_back((to, bytes));
             if !std::mem::replace(&mut state.blocked, true) {

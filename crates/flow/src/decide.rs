@@ -566,7 +566,14 @@ fn other<T: Tables>(
         }
         return;
     }
-    if let Some(entry) = tables.cached(&decision.key) {
+    let acting = roles.acting_owner(tables);
+    let hops_left = arrival.hops < MAX_HOPS;
+    let ours = acting == roles.local.slot;
+    let theirs = hops_left && !ours && acting.is_some();
+    // Nobody tells a cache that a tuple is used again: whose connection has ended there is the owner's to say.
+    if let Some(entry) = tables.cached(&decision.key)
+        && (entry.flow_state().is_live() || !theirs)
+    {
         let failed = is_to_be_reset(&entry, packet, tables, service);
         let (entry, changed) = advance(entry, packet, failed);
         seen(decision, entry, Outcome::CacheHit, roles, service);
@@ -581,10 +588,7 @@ fn other<T: Tables>(
         }
         return;
     }
-    let acting = roles.acting_owner(tables);
-    let hops_left = arrival.hops < MAX_HOPS;
-    let ours = acting == roles.local.slot;
-    if hops_left && !ours && acting.is_some() {
+    if theirs {
         decision.verdict = roles.hand_off(tables, acting, arrival);
         decision.outcome = Outcome::HandedOff;
         return;

@@ -131,7 +131,7 @@ impl Settings {
             backends: [rng.random_range(3..=6), 3],
             flows: if members > 20 { 400 } else { rng.random_range(60..=140) },
             idle: Duration::from_secs(12),
-            linger: Duration::from_secs(3),
+            linger: Duration::from_secs(6),
             reset_linger: Duration::from_secs(1),
             half_open: Duration::from_secs(5),
             latency: [

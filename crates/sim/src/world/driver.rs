@@ -28,6 +28,17 @@ const ECHO_TIMEOUT: Duration = Duration::from_millis(250);
 const ROUTE_WITHDRAWN: Duration = Duration::from_millis(200);
 
 impl World {
+    /// What the forwarder of `at` has seen while it had no daemon is known from now on.
+    fn hear_from_tables(&mut self, at: usize) {
+        let Some(forwarder) = self.nodes[at].forwarder.clone() else { return };
+        for flow in &mut self.flows {
+            if let Some(record) = phalanx_forwarder::Forwarder::get(&*forwarder, &flow.key) {
+                let idle = Duration::from_millis(record.idle_ms.into());
+                flow.forwarded = flow.forwarded.max(self.now.saturating_sub(idle));
+            }
+        }
+    }
+
     /// Starts the daemon of `node`, over the forwarder it has.
     pub(super) fn start_daemon(&mut self, at: usize) {
         if self.settings.balancer != Balancer::Phalanx {
@@ -52,10 +63,13 @@ impl World {
         entry.stalled = None;
         entry.steady_since = now;
         match node::start(&self.settings, entry, &self.tables, epoch, now, seed) {
-            Ok(process) => entry.process = Some(process),
+            Ok(process) => {
+                entry.process = Some(process);
+                self.hear_from_tables(at);
+            }
             Err(error) => return self.tell(|| format!("m{} does not start: {error}", at + 1)),
         }
-        let life = entry.life;
+        let life = self.nodes[at].life;
         self.push_in(Duration::from_secs(1), Event::Second { node: at, life });
         self.push_in(self.settings.timing.probe_period, Event::EchoTurn { node: at, life });
         self.after_membership(at);

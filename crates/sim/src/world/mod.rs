@@ -362,11 +362,16 @@ impl World {
         if decision.event.is_some() {
             self.tick_soon(node);
         }
+        let in_time = self.nodes.iter().all(|node| node.slow.is_zero());
         match decision.outcome {
             Outcome::Recovered => self.flows[packet.flow].guessed = true,
             Outcome::Hit | Outcome::CacheHit | Outcome::New => {
                 let flow = &mut self.flows[packet.flow];
-                (flow.guessed, flow.forwarded) = (false, self.now);
+                flow.guessed = false;
+                // What a forwarder without a daemon sees, others hear of when the daemon is back; and late, if streams are late.
+                if self.nodes[node].process.is_some() && in_time {
+                    flow.forwarded = self.now;
+                }
             }
             _ => {}
         }

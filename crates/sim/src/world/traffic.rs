@@ -81,7 +81,7 @@ pub struct Flow {
     pub lost: bool,
     /// Nobody knew it when its last packet came, and it went by the consistent choice: until the next one it is held as half-open.
     pub guessed: bool,
-    /// When a member last forwarded a packet of it by what it knew.
+    /// When a member with a daemon last forwarded a packet of it by what it knew.
     pub forwarded: Duration,
     /// Its backend died.
     pub orphaned: bool,

@@ -3,7 +3,8 @@
 //! *For each flow, if the old owner lives it sends to the new holders that are not old holders, else the old backup does.*
 //! With two backups, the first of the old holders that lives.
 //!
-//! Every member applies the rule by itself to the records it holds, and exactly one member sends each flow.
+//! Every member applies the rule by itself to the records it holds, and exactly one member sends each flow;
+//! but where no old holder is left, whoever still has one of an earlier table sends it, as a cache would (claim 20, \[750\]).
 //! A member that started again without its flow table counts as dead in the old table and as new in the new one.
 //! The cases of the founding document follow from it, where M is the member that computes, N joined and F left:
 //!
@@ -102,7 +103,8 @@ impl Change<'_> {
         old != new || new.iter().flatten().any(|member| self.survivors.blank.contains(member))
     }
 
-    /// Who sends the flows of `row`: the old owner if it still has them, else the first old backup that has, else nobody.
+    /// Who sends the flows of `row`: the old owner if it still has them, else the first old backup that has, else whoever has any by an
+    /// earlier table.
     pub fn sender(&self, row: u32) -> Option<MemberId> {
         holders_of(self.old, row).find(|&member| self.survivors.keeps_state(member))
     }
@@ -177,7 +179,7 @@ pub fn plan(change: &Change<'_>, records: impl IntoIterator<Item = Record>) -> T
         }
         plan.local.push((record.key, change.local_action(row)));
         let [owner, backups @ ..] = change.new.holders(row);
-        if change.sender(row) == Some(change.local) {
+        if change.sender(row).is_none_or(|sender| sender == change.local) {
             for to in change.receivers(row).filter(|&to| to != change.local) {
                 plan.holders.entry(to).or_default().push(record);
             }

@@ -182,6 +182,14 @@ fn an_early_record_is_offered_by_the_new_owner_to_its_backup() {
     assert_eq!(one_row([X, Y], [N, M], &[M, X, Y, N]), (vec![], LocalAction::Keep));
 }
 
+#[test]
+fn who_still_has_a_flow_by_an_earlier_table_sends_it_where_no_old_holder_is_left() {
+    assert_eq!(one_row([X, Y], [N, 8], &[M, N, 8]), (vec![8, N], LocalAction::Former));
+    assert_eq!(one_row([X, Y], [M, N], &[M, N]), (vec![N], LocalAction::Keep));
+    // The twin: who held it last sends it.
+    assert_eq!(one_row([X, Y], [N, 8], &[M, Y, N, 8]), (vec![], LocalAction::Former));
+}
+
 /// A member in a random change: weight before and after (0: not ranked), and what happened to it.
 #[derive(Clone, Copy, Debug)]
 struct Fate {

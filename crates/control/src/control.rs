@@ -191,6 +191,11 @@ impl Control {
         &self.replicator
     }
 
+    /// Whether entries that belong to nobody may still be here, to be swept.
+    pub const fn is_sweeping(&self) -> bool {
+        self.sweep_at.is_some()
+    }
+
     /// Whether the table before still counts.
     pub const fn window_open(&self) -> bool {
         self.window_opened.is_some()

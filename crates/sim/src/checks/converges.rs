@@ -20,9 +20,12 @@ impl Checker for Converges {
     }
 
     fn settled(&mut self, world: &World, findings: &mut Findings) {
+        // Before that nobody could serve anybody.
+        let steady = world.running().map(|node| world.nodes[node].steady_since).min().unwrap_or_default();
         for (number, flow) in world.flows.iter().enumerate() {
-            let waits = flow.waiting_since.map(|since| world.now.saturating_sub(since));
-            if flow.is_live() && waits.is_some_and(|waits| waits > WAITS) {
+            let waits = flow.waiting_since.map(|since| world.now.saturating_sub(since.max(steady)));
+            // What was lost with all its holders may have been guessed to be a dead backend's.
+            if flow.is_live() && !flow.lost && waits.is_some_and(|waits| waits > WAITS) {
                 findings.violate(format!("flow {number} ({}) waits for an answer since {waits:?}", flow.key));
             }
         }

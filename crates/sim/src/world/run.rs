@@ -209,6 +209,9 @@ impl World {
             if process.control.window_open() {
                 return Some(format!("m{name} has its handover window open"));
             }
+            if process.control.is_sweeping() {
+                return Some(format!("m{name} has entries to sweep"));
+            }
             if process.control.replicator().transfers().next().is_some() {
                 return Some(format!("m{name} is sending transfer tables"));
             }

@@ -122,16 +122,17 @@ fn owner_and_backup_lost_at_once_break_connections_with_one_backup_and_none_with
 #[test]
 fn with_two_backups_every_seed_keeps_every_promise_but_for_the_open_faults() {
     let mut found = Vec::new();
-    let mut open = BTreeSet::new();
+    let mut astray = BTreeSet::new();
     runner::run_many(0, 30, THREADS, Options { more_backups: 1, ..Options::default() }, |report| {
         for violation in &report.violations {
-            if OPEN.contains(&violation.checker) {
-                open.insert(report.seed);
+            if violation.checker == "sticky" {
+                astray.insert(report.seed);
             } else {
                 found.push(format!("seed {}: {}: {}", report.seed, violation.checker, violation.what));
             }
         }
     });
     assert!(found.is_empty(), "{}", found.join("\n"));
-    assert!(open.len() <= MOST_OPEN / 2, "connections break in seeds {open:?}");
+    // docs/testing.md, "Open faults".
+    assert!(astray.len() <= 1, "connections break in seeds {astray:?}");
 }

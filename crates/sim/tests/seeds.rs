@@ -104,7 +104,7 @@ fn local_tables_break_connections_where_phalanx_does_not() {
         consistency::KINDS.iter().position(|(kind, _)| *kind == "member crashes").expect("in the table");
     let [local, phalanx] = [1, 2].map(|balancer| consistency::cell(crash, balancer, 0, 5));
     assert!(local.broken * 20 > local.open, "{local:?}");
-    assert!(phalanx.broken * 50 < phalanx.open && phalanx.open > 150, "{phalanx:?}");
+    assert!(phalanx.broken == 0 && phalanx.open > 150, "{phalanx:?}");
 }
 
 /// The worst that two members can do: one backup does not outlive it, two do.

@@ -17,7 +17,7 @@ use phalanx_rebalancer::{
 
 use crate::change::{Consequence, Happening, Phase};
 use crate::lost::Traffic;
-use crate::planner::{Destinations, Planner, Service, TableChange, TableRanking};
+use crate::planner::{Destinations, Planner, Service, TableChange};
 
 mod cached;
 mod repair;
@@ -585,11 +585,8 @@ impl Control {
 
     /// Whether any table that counts gives us the flow.
     fn is_ours(&self, key: &FlowKey) -> bool {
-        let local = Some(self.settings.local);
-        let gives = |table: Arc<TableRanking>| table.holders(table.row_of(key)).contains(&local);
-        gives(self.planner.current())
-            || self.planner.pending().is_some_and(gives)
-            || self.planner.previous().any(gives)
+        let local = self.settings.local;
+        self.planner.gives(local, key) || self.planner.will_give(local, key)
     }
 
     fn everybody_switched(&self) -> bool {
@@ -774,7 +771,9 @@ impl Control {
             .filter(|(answer, _)| **answer == Upserted::Stale)
             .map(|(_, record)| (record.key, record.idle_ms))
             .collect();
-        self.forwarder.touch(&seen);
+        if !seen.is_empty() {
+            self.forwarder.touch(&seen);
+        }
         if self.sweep_at.is_none() && records.iter().any(|record| !self.is_ours(&record.key)) {
             self.sweep_at = Some(now + SWEEP_AFTER);
         }

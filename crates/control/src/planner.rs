@@ -102,6 +102,13 @@ pub struct TableRanking {
     backups: usize,
 }
 
+impl TableRanking {
+    /// Whether `member` is to hold the flow.
+    fn gives(&self, member: MemberId, key: &FlowKey) -> bool {
+        self.holders(self.row_of(key)).contains(&Some(member))
+    }
+}
+
 impl Ranking for TableRanking {
     fn row_of(&self, key: &FlowKey) -> u32 {
         self.table.row_function().row_of(key, flow_hash(self.seed, key))
@@ -471,6 +478,16 @@ impl Planner {
     /// The tables before, oldest first, while the handover window is open.
     pub fn previous(&self) -> impl Iterator<Item = Arc<TableRanking>> {
         self.past.iter().map(|past| Arc::clone(&past.ranking))
+    }
+
+    /// Whether the table in force gives `member` the flow, or one before it that still counts.
+    pub fn gives(&self, member: MemberId, key: &FlowKey) -> bool {
+        self.current.gives(member, key) || self.past.iter().any(|past| past.ranking.gives(member, key))
+    }
+
+    /// Whether the table of the pending view does, while a change is planned.
+    pub fn will_give(&self, member: MemberId, key: &FlowKey) -> bool {
+        self.pending.as_ref().is_some_and(|pending| pending.ranking.gives(member, key))
     }
 
     /// The table of the pending view, while a change is planned.

@@ -34,7 +34,7 @@ pub use digest::{RowDigest, differing_rows, row_digests};
 pub use ranking::{Holders, MAX_HOLDERS, Ranking, Survivors};
 pub use replicator::{
     Apply, ApplyBatch, ApplyResult, Config, Counters, Event, Held, Lookup, PeerError, Policy, Replicator,
-    TransferProgress, ViewInput,
+    TransferProgress, ViewInput, aged,
 };
 pub use transfer::{
     Ahead, Change, LocalAction, TransferPlan, cache_entries_of_departed, changed_rows, former_entries, plan,

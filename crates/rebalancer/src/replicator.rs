@@ -174,8 +174,8 @@ impl Peer {
     }
 }
 
-/// `idle_ms` as read at `at`, at the later time `now`.
-fn aged(idle_ms: u32, at: Instant, now: Instant) -> u32 {
+/// Milliseconds of idleness that were `idle_ms` at `at`, at the later time `now`.
+pub fn aged(idle_ms: u32, at: Instant, now: Instant) -> u32 {
     let passed = now.saturating_duration_since(at).as_millis();
     idle_ms.saturating_add(u32::try_from(passed).unwrap_or(u32::MAX))
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_flow::{FlowKey, Record};
-use phalanx_rebalancer::{Change, plan_cache_offers};
+use phalanx_rebalancer::{Change, aged, plan_cache_offers};
 
 use super::Control;
 use crate::planner::{TableChange, TableRanking};
@@ -38,9 +38,8 @@ impl Control {
             base: Arc::clone(&change.old),
             records: HashMap::new(),
         });
-        let passed = now.saturating_duration_since(kept.at).as_millis();
         for record in kept.records.values_mut() {
-            record.idle_ms = record.idle_ms.saturating_add(u32::try_from(passed).unwrap_or(u32::MAX));
+            record.idle_ms = aged(record.idle_ms, kept.at, now);
         }
         kept.at = now;
         kept.records.extend(cached.into_iter().map(|record| (record.key, record)));

@@ -7,9 +7,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use phalanx_control::TableRanking;
 use phalanx_flow::FlowKey;
-use phalanx_rebalancer::Ranking as _;
 
 use super::{Checker, Findings};
 use crate::schedule::Change;
@@ -70,10 +68,7 @@ fn holders(world: &World, flow: usize) -> BTreeSet<usize> {
 fn is_ahead(world: &World, node: usize, key: &FlowKey) -> bool {
     let (id, Some(process)) = (world.nodes[node].id, &world.nodes[node].process) else { return false };
     let planner = process.control.planner();
-    let gives = |table: &TableRanking| table.holders(table.row_of(key)).contains(&Some(id));
-    planner.pending().is_some_and(|table| gives(&table))
-        && !gives(&planner.current())
-        && !planner.previous().any(|table| gives(&table))
+    planner.will_give(id, key) && !planner.gives(id, key)
 }
 
 /// Whether the flow is one that a full table could not take: it goes on by the consistent choice, and that is counted (design §4).
@@ -81,11 +76,7 @@ fn found_no_room(world: &World, node: usize, key: &FlowKey, backend: Option<usiz
     let Some(forwarder) = &world.nodes[node].forwarder else { return false };
     let full = phalanx_forwarder::Forwarder::counters(&**forwarder).table_full > 0;
     let (id, process) = (world.nodes[node].id, &world.nodes[node].process);
-    let has_row = process.as_ref().is_none_or(|process| {
-        let planner = process.control.planner();
-        let gives = |table: &TableRanking| table.holders(table.row_of(key)).contains(&Some(id));
-        gives(&planner.current()) || planner.previous().any(|table| gives(&table))
-    });
+    let has_row = process.as_ref().is_none_or(|process| process.control.planner().gives(id, key));
     let record = phalanx_forwarder::Forwarder::get(&**forwarder, key);
     let has_it = record.is_some_and(|record| Some(backend_number(&record.backend)) == backend);
     full && has_row && !has_it && world.nodes[node].is_cramped()
@@ -172,7 +163,8 @@ impl Checker for Sticky {
     }
 
     fn sampled(&mut self, world: &World, _: &mut Findings) {
-        if !world.all_linked() {
+        // Only in trouble can anybody be apart.
+        if world.is_troubled() && !world.all_linked() {
             let since =
                 self.apart.filter(|(_, until)| *until >= world.now).map_or(world.now, |(since, _)| since);
             self.apart = Some((since, world.now + MERGED));

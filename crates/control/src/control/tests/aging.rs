@@ -3,6 +3,7 @@
 use phalanx_rebalancer::TransferPlan;
 
 use super::*;
+use crate::planner::TableRanking;
 
 /// How long the flows of these tests have been idle.
 const LONG_MS: u32 = 600_000;

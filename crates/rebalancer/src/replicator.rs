@@ -156,6 +156,11 @@ impl Peer {
         }
     }
 
+    fn remembered(&self) -> usize {
+        let waiting = self.controls.len() + self.asks.len() + self.outbox.remembered();
+        1 + waiting + self.inflight.values().map(|(_, items)| 1 + items.len()).sum::<usize>()
+    }
+
     fn disconnect(&mut self) {
         self.connected = false;
         self.decoder = FrameDecoder::new();
@@ -233,6 +238,13 @@ impl Replicator {
     /// Flows of which something waits to be sent to `peer`, and batches on their way to it.
     pub fn backlog(&self, peer: MemberId) -> (usize, usize) {
         self.peers.get(&peer).map_or((0, 0), |peer| (peer.outbox.len(), peer.inflight.len()))
+    }
+
+    /// How many things are kept in memory, of whatever kind: what leaks shows here.
+    pub fn remembered(&self) -> usize {
+        let peers: usize = self.peers.values().map(Peer::remembered).sum();
+        let flows = self.unprotected.len() + self.held_ahead.len() + self.idle.len();
+        peers + flows + self.stamps.len() + self.ended.len() + self.inbound.len() + self.events.len()
     }
 
     /// The counters.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use phalanx_sim::faults::Fault;
 use phalanx_sim::runner::{self, Options};
-use phalanx_sim::schedule::generate;
+use phalanx_sim::schedule::{ROUND, generate};
 use phalanx_sim::shrink::shrink;
 use phalanx_sim::{consistency, losses, planted};
 
@@ -33,13 +33,16 @@ struct Cli {
     /// Run only the changes before this time, in seconds.
     #[arg(long)]
     until: Option<f64>,
+    /// Instead of a minute or two, let so many days pass, with few packets and a change every quarter of an hour.
+    #[arg(long)]
+    days: Option<f64>,
     /// Switch replication off.
     #[arg(long)]
     twin: bool,
     /// Plant this fault.
     #[arg(long, value_parser = |name: &str| Fault::named(name).ok_or("no such fault"))]
     fault: Option<Fault>,
-    /// Plant each fault in turn, and say which checker catches it in how many seeds.
+    /// Plant each fault in turn (or the one named), and say which checker catches it in how many seeds.
     #[arg(long)]
     faults: bool,
     /// Make the table of docs/consistency.md.
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         members: cli.members,
         more_backups: usize::from(cli.backups) - 1,
         twin: cli.twin,
+        rounds: cli.days.map(|days| (days * 86_400.0 / ROUND.as_secs_f64()).ceil().max(2.0) as u32),
         fault: cli.fault,
         story: cli.trace.is_some(),
         watched: cli.flow,
@@ -153,6 +157,9 @@ fn again(options: &Options) -> String {
     if options.more_backups > 0 {
         words += &format!(" --backups {}", 1 + options.more_backups);
     }
+    if let Some(rounds) = options.rounds {
+        words += &format!(" --days {}", (ROUND * rounds).as_secs_f64() / 86_400.0);
+    }
     if options.twin {
         words += " --twin";
     }
@@ -182,19 +189,22 @@ fn shortened(seed: u64, options: Options) -> ExitCode {
 }
 
 fn faults(cli: &Cli, options: Options) -> ExitCode {
-    let table = planted::table(cli.from, cli.seeds, cli.threads, options);
-    println!("| fault | caught by, in so many of {} seeds |\n|---|---|", cli.seeds);
+    println!("| fault | caught by, in so many of {} seeds | first caught after |\n|---|---|---|", cli.seeds);
     let mut missed = false;
-    for (fault, caught) in table {
+    let faults = cli.fault.map_or_else(|| Fault::ALL.to_vec(), |fault| vec![fault]);
+    let options = Options { fault: None, ..options };
+    planted::table(&faults, cli.from, cli.seeds, cli.threads, options, |row| {
         let words: Vec<String> =
-            caught.iter().map(|(checker, seeds)| format!("*{checker}* {seeds}")).collect();
-        missed |= words.is_empty();
-        println!(
-            "| {} | {} |",
-            fault.name(),
-            if words.is_empty() { "nobody".to_owned() } else { words.join(", ") }
-        );
-    }
+            row.caught.iter().map(|(checker, seeds)| format!("*{checker}* {seeds}")).collect();
+        let words = if words.is_empty() { "nobody".to_owned() } else { words.join(", ") };
+        let first = match row.first {
+            Some((1, took)) => format!("1 seed, {:.1} s", took.as_secs_f64()),
+            Some((seeds, took)) => format!("{seeds} seeds, {:.1} s", took.as_secs_f64()),
+            None => "never".to_owned(),
+        };
+        missed |= row.first.is_none();
+        println!("| {} | {words} | {first} |", row.fault.name());
+    });
     if missed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 

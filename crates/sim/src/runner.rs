@@ -20,6 +20,8 @@ pub struct Options {
     pub twin: bool,
     /// Broken on purpose.
     pub fault: Option<Fault>,
+    /// Instead of a minute or two, so many rounds of four hours each.
+    pub rounds: Option<u32>,
     /// Tell the story.
     pub story: bool,
     /// Tell every packet of this flow in it.
@@ -32,13 +34,17 @@ impl Options {
     /// The settings of a seed under these options.
     pub fn settings(&self, seed: u64) -> Settings {
         let settings = Settings::from_seed(seed, self.members);
+        let settings = match self.rounds {
+            Some(rounds) => settings.for_days(rounds),
+            None => settings,
+        };
         Settings { replication: !self.twin, backups: 1 + self.more_backups, fault: self.fault, ..settings }
     }
 }
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "an Instant can be had in no other way; nothing depends on which it is"
+    reason = "an Instant can be had in no other way; nothing of a run depends on which it is"
 )]
 fn epoch() -> Instant {
     Instant::now()
@@ -47,11 +53,13 @@ fn epoch() -> Instant {
 /// Runs one seed.
 pub fn run(seed: u64, options: Options) -> Report {
     let settings = options.settings(seed);
-    let mut schedule = generate(&settings);
+    let mut schedule = if options.rounds.is_some() { Schedule::new() } else { generate(&settings) };
     schedule.retain(|(at, _)| options.until.is_none_or(|until| at.as_secs_f64() < until));
-    let mut world = World::new(settings, schedule, epoch(), options.story);
+    let started = epoch();
+    let mut world = World::new(settings, schedule, started, options.story);
     world.watched = options.watched;
-    world.run()
+    let report = world.run();
+    Report { took: epoch().saturating_duration_since(started), ..report }
 }
 
 /// Runs a schedule of one's own.

@@ -149,6 +149,38 @@ pub fn generate(settings: &Settings) -> Schedule {
     made.schedule
 }
 
+/// How long one round of a run of days is.
+pub const ROUND: Duration = Duration::from_secs(4 * 3_600);
+
+/// When changes begin in a round, and the pauses between them.
+pub(crate) const ROUND_FROM: Duration = Duration::from_secs(600);
+const ROUND_PAUSES: [u64; 2] = [180, 1_200];
+
+/// Makes the schedule of one round of a run of days, from its start; `up` says of each member whether it runs, `usable` the same of backends.
+pub fn round(settings: &Settings, round: u32, up: &[bool], usable: &[bool]) -> Schedule {
+    let mut rng = stream(settings.seed, 1_000 + u64::from(round));
+    let mut made = Maker::new(settings);
+    for (member, up) in made.members.iter_mut().zip(up) {
+        *member = if *up { Belief::Up } else { Belief::Down };
+    }
+    made.backends = usable.to_vec();
+    made.spare_backends.clear();
+    // What was opened before is off the consistent choice from here on.
+    for (backend, usable) in usable.iter().enumerate() {
+        made.backends[backend] = !usable;
+        let change = if *usable { Change::BackendDrain } else { Change::BackendBack };
+        made.add(ROUND_FROM / 2, change(backend));
+    }
+    let mut at = ROUND_FROM;
+    for _ in 0..rng.random_range(4..=7) {
+        made.one(&mut rng, at);
+        let [least, most] = ROUND_PAUSES;
+        at += Duration::from_secs(rng.random_range(least..most));
+    }
+    made.schedule.sort_by_key(|(at, _)| *at);
+    made.schedule
+}
+
 /// What the maker believes of the site as it goes.
 struct Maker {
     schedule: Schedule,

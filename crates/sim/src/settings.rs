@@ -102,6 +102,11 @@ pub struct Settings {
     pub balancer: Balancer,
     /// What is broken on purpose.
     pub fault: Option<Fault>,
+    /// What is due by time alone is late in the drivers by at most this.
+    pub idle_tick: Duration,
+    /// Rounds of traffic, changes, rest and silence, each [`schedule::ROUND`](crate::schedule::ROUND) long; one in a common run, which does
+    /// not wait for the end of it.
+    pub rounds: u32,
 }
 
 impl Settings {
@@ -152,7 +157,35 @@ impl Settings {
             weights: *pick(&mut rng, &[1, 1, 4]),
             balancer: Balancer::Phalanx,
             fault: None,
+            idle_tick: Duration::from_millis(100),
+            rounds: 1,
         }
+    }
+
+    /// The same site for days: the slower of the two timings that the daemon has, its timeouts, and clients that send seldom.
+    #[must_use]
+    pub fn for_days(self, rounds: u32) -> Self {
+        Self {
+            timing: Timing::wan(),
+            idle: Duration::from_secs(900),
+            linger: Duration::from_secs(60),
+            reset_linger: Duration::from_secs(10),
+            idle_tick: Duration::from_secs(1),
+            flows: self.flows.div_ceil(4),
+            rounds,
+            ..self
+        }
+    }
+
+    /// How much longer detection and what depends on it may take than among members of one network.
+    pub fn slowness(&self) -> u32 {
+        let lan = Timing::lan().confirm_after.as_millis();
+        (self.timing.confirm_after.as_millis() / lan.max(1)) as u32
+    }
+
+    /// How much longer clients pause than in a run of a minute.
+    pub(crate) fn sparseness(&self) -> u32 {
+        (self.idle.as_secs() / 12) as u32
     }
 }
 

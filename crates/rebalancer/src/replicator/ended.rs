@@ -23,6 +23,11 @@ impl Births {
         Self { births: HashMap::new(), order: VecDeque::new(), capacity, lifetime }
     }
 
+    /// Everything that is kept.
+    pub(super) fn len(&self) -> usize {
+        self.births.len() + self.order.len()
+    }
+
     /// Remembers `birth` unless a later one is known; `seen`: when a packet was last seen.
     pub(super) fn insert(&mut self, now: Instant, key: FlowKey, birth: u64, seen: Instant) {
         self.expire(now);

@@ -76,6 +76,15 @@ pub(super) struct Inbound {
 }
 
 impl Inbound {
+    /// Everything that waits.
+    pub(super) fn len(&self) -> usize {
+        self.ready.len()
+            + self.pending.len()
+            + self.lookups.len()
+            + self.questions.len()
+            + self.unapplied.len()
+    }
+
     pub(super) fn push_local(&mut self, apply: Apply, then: Then) {
         if let Some((batch, pending)) = self.ready.back_mut()
             && batch.from.is_none()

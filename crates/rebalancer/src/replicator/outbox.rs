@@ -63,6 +63,11 @@ impl Outbox {
         self.slots.len()
     }
 
+    /// Everything that is kept.
+    pub(super) fn remembered(&self) -> usize {
+        self.slots.len() + self.order.len()
+    }
+
     /// The records that wait to be held by the peer.
     pub(super) fn records(&self) -> impl Iterator<Item = &Record> {
         let waiting = self.slots.values().filter_map(|slot| slot.associate.as_ref());

@@ -25,7 +25,10 @@ impl Checker for Converges {
         for (number, flow) in world.flows.iter().enumerate() {
             let waits = flow.waiting_since.map(|since| world.now.saturating_sub(since.max(steady)));
             // What was lost with all its holders may have been guessed to be a dead backend's.
-            if flow.is_live() && !flow.lost && waits.is_some_and(|waits| waits > WAITS) {
+            if flow.is_live()
+                && !flow.lost
+                && waits.is_some_and(|waits| waits > WAITS * world.settings.slowness())
+            {
                 findings.violate(format!("flow {number} ({}) waits for an answer since {waits:?}", flow.key));
             }
         }

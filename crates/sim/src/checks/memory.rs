@@ -1,5 +1,7 @@
 //! *No immortal*: what ended or idled is gone everywhere. *No growth*: nothing leaks.
 
+use std::collections::BTreeMap;
+
 use phalanx_forwarder::Forwarder as _;
 
 use super::{Checker, Findings};
@@ -28,9 +30,35 @@ impl Checker for NoImmortal {
     }
 }
 
-/// Nothing leaks: when all flows are gone, no member waits for anything, and none knows more than there is.
-#[derive(Debug)]
-pub struct NoGrowth;
+/// Nothing leaks: when all flows are gone, no member waits for anything, and none knows more than there is; and what it remembers does not
+/// grow from one such moment to the next.
+#[derive(Debug, Default)]
+pub struct NoGrowth {
+    /// What each member remembered the first time, by its place: things the replicator keeps, and the membership written out in characters.
+    first: BTreeMap<usize, [usize; 2]>,
+}
+
+/// What may come and go at such a moment: tombstones of the last flows; and numbers that have become longer, members that have come.
+const SLACK: [usize; 2] = [60, 20_000];
+
+impl NoGrowth {
+    fn grows(&mut self, world: &World, node: usize, findings: &mut Findings) {
+        let Some(process) = &world.nodes[node].process else { return };
+        let remembered =
+            [process.control.replicator().remembered(), format!("{:?}", process.membership).len()];
+        let first = self.first.entry(node).or_insert(remembered);
+        for (at, kind) in ["things in its replicator", "characters of membership"].into_iter().enumerate() {
+            if remembered[at] > first[at] + SLACK[at] {
+                findings.violate(format!(
+                    "m{} has {} {kind}, at first {}",
+                    node + 1,
+                    remembered[at],
+                    first[at]
+                ));
+            }
+        }
+    }
+}
 
 impl Checker for NoGrowth {
     fn name(&self) -> &'static str {
@@ -42,6 +70,7 @@ impl Checker for NoGrowth {
             let Some(process) = &world.nodes[node].process else { continue };
             let replicator = process.control.replicator();
             let name = node + 1;
+            self.grows(world, node, findings);
             if replicator.unprotected() > 0 {
                 findings.violate(format!("m{name} counts {} unprotected flows", replicator.unprotected()));
             }

@@ -1,6 +1,7 @@
 //! What must be true of a run, one type for each promise.
 
 pub mod converges;
+pub mod diverts;
 pub mod held;
 pub mod loops;
 pub mod memory;
@@ -82,7 +83,7 @@ pub trait Checker {
     fn emptied(&mut self, _world: &World, _findings: &mut Findings) {}
 }
 
-/// All checkers, in the order of the issue.
+/// All checkers, in the order of `docs/testing.md`.
 pub fn all() -> Vec<Box<dyn Checker>> {
     vec![
         Box::new(owner::OneOwner),
@@ -90,11 +91,22 @@ pub fn all() -> Vec<Box<dyn Checker>> {
         Box::new(sticky::Sticky::default()),
         Box::new(held::Held),
         Box::new(converges::Converges),
-        Box::new(memory::NoGrowth),
+        Box::new(diverts::Diverts::default()),
+        Box::new(memory::NoGrowth::default()),
         Box::new(memory::NoImmortal),
     ]
 }
 
 /// The names of all checkers, and of what the drivers themselves notice.
-pub const NAMES: [&str; 9] =
-    ["one-owner", "no-loop", "sticky", "held", "converges", "no-growth", "no-immortal", "install", "streams"];
+pub const NAMES: [&str; 10] = [
+    "one-owner",
+    "no-loop",
+    "sticky",
+    "held",
+    "converges",
+    "diverts",
+    "no-growth",
+    "no-immortal",
+    "install",
+    "streams",
+];

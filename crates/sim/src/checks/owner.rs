@@ -1,9 +1,11 @@
-//! *One owner*: after quiescence every member names the same holders for every row, to its forwarder too.
+//! *One owner*: after quiescence every member names the same holders for every row, to its forwarder too; and at no time does a forwarder
+//! take a flow as owner whose daemon has not run for so long that another member has taken over its rows.
 
+use phalanx_flow::decide::Action;
 use phalanx_flow::{MemberId, MemberSlot};
 
 use super::{Checker, Findings};
-use crate::world::World;
+use crate::world::{Ruling, World};
 
 /// See the module's doc.
 #[derive(Debug)]
@@ -14,6 +16,28 @@ type Ranks = Vec<[Option<MemberId>; 3]>;
 impl Checker for OneOwner {
     fn name(&self) -> &'static str {
         "one-owner"
+    }
+
+    fn ruled(&mut self, world: &World, ruling: &Ruling<'_>, findings: &mut Findings) {
+        let node = &world.nodes[ruling.node];
+        let silent = world.now.saturating_sub(node.ran);
+        if ruling.decision.action != Action::Insert || silent < world.settings.timing.confirm_after {
+            return;
+        }
+        let heir = world.running().find(|other| {
+            let view = world.nodes[*other].process.as_ref().map(|process| &process.last_view);
+            *other != ruling.node
+                && world.linked(*other, ruling.node)
+                && view.is_some_and(|view| view.get(node.id).is_none())
+        });
+        if let Some(heir) = heir {
+            findings.violate(format!(
+                "m{} takes flow {} though its daemon has not run for {silent:?} and m{} holds it to be down",
+                ruling.node + 1,
+                ruling.packet.flow,
+                heir + 1
+            ));
+        }
     }
 
     fn settled(&mut self, world: &World, findings: &mut Findings) {

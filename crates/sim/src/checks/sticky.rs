@@ -122,7 +122,8 @@ impl Checker for Sticky {
     fn changed(&mut self, world: &World, change: &Change, findings: &mut Findings) {
         let after = reach(world);
         self.lost.resize(world.flows.len(), None);
-        let calm = world.now.saturating_sub(self.trouble) >= RESTORED && !world.is_troubled();
+        let calm = world.now.saturating_sub(self.trouble) >= RESTORED * world.settings.slowness()
+            && !world.is_troubled();
         for flow in 0..world.flows.len() {
             let entry = &world.flows[flow];
             if entry.backend.is_none() || entry.broken {
@@ -145,7 +146,7 @@ impl Checker for Sticky {
                 self.lost[flow] = Some(Loss { life: entry.life, by: BTreeSet::new(), until: None });
                 findings.lost.push(flow);
             } else if !by.is_empty() {
-                let until = Some(world.now + MERGED);
+                let until = Some(world.now + MERGED * world.settings.slowness());
                 match &mut self.lost[flow] {
                     Some(loss) if loss.life == entry.life => {
                         if loss.until.is_some() {
@@ -167,11 +168,11 @@ impl Checker for Sticky {
         if world.is_troubled() && !world.all_linked() {
             let since =
                 self.apart.filter(|(_, until)| *until >= world.now).map_or(world.now, |(since, _)| since);
-            self.apart = Some((since, world.now + MERGED));
+            self.apart = Some((since, world.now + MERGED * world.settings.slowness()));
         }
         // As long as members are apart, what one side lost stays lost to it.
         if world.is_troubled() {
-            let until = world.now + MERGED;
+            let until = world.now + MERGED * world.settings.slowness();
             for loss in self.lost.iter_mut().flatten() {
                 if loss.until.is_some_and(|known| known > world.now) {
                     loss.until = Some(until);

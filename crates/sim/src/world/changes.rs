@@ -131,6 +131,7 @@ impl World {
 
     /// The daemon of `node` ends without a word; its forwarder too, or not.
     pub(super) fn end_daemon(&mut self, node: usize, forwarder: bool) {
+        let now = self.now;
         let entry = &mut self.nodes[node];
         if let Some(process) = entry.process.take() {
             entry.note = process.control.planner().snapshot();
@@ -139,17 +140,20 @@ impl World {
         entry.stalls += 1;
         if forwarder {
             entry.forwarder = None;
+            entry.silent_since.get_or_insert(now);
         }
         self.orphan_links(node);
     }
 
     fn stall(&mut self, node: usize, length: Duration) {
         let phalanx = self.settings.balancer == Balancer::Phalanx;
+        let now = self.now;
         let entry = &mut self.nodes[node];
         if entry.stalled.is_some() || (phalanx && entry.process.is_none()) {
             return;
         }
         entry.stalled = Some(Vec::new());
+        entry.silent_since = Some(now);
         entry.stalls += 1;
         let (stall, life) = (entry.stalls, entry.life);
         self.push_in(length, Event::Resume { node, stall });
@@ -167,6 +171,7 @@ impl World {
         }
         let Some(mut waiting) = self.nodes[node].stalled.take() else { return };
         self.nodes[node].steady_since = self.now;
+        self.nodes[node].silent_since = None;
         self.nodes[node].tell_time(self.now);
         self.tell(|| format!("m{} runs again", node + 1));
         // A driver may look at its timers or at its sockets first; both must do.

@@ -14,11 +14,8 @@ use super::node;
 use crate::faults::{self, Fault};
 use crate::settings::Balancer;
 
-/// The daemon's control task looks at its forwarder this often; here only when something waits there, and else every [`IDLE_TICK`].
+/// The daemon's control task looks at its forwarder this often; here only when something waits there, and else every [`idle_tick`](crate::settings::Settings::idle_tick).
 const TICK: Duration = Duration::from_millis(2);
-
-/// What is due by time alone (windows, sweeps, expiry) is late by at most this.
-const IDLE_TICK: Duration = Duration::from_millis(100);
 
 /// As in the daemon's membership driver.
 const ECHOES_A_PERIOD: usize = 4;
@@ -62,6 +59,7 @@ impl World {
         entry.leaving = false;
         entry.stalled = None;
         entry.steady_since = now;
+        entry.silent_since = None;
         match node::start(&self.settings, entry, &self.tables, epoch, now, seed) {
             Ok(process) => {
                 entry.process = Some(process);
@@ -74,7 +72,7 @@ impl World {
         self.push_in(self.settings.timing.probe_period, Event::EchoTurn { node: at, life });
         self.after_membership(at);
         self.after_control(at);
-        self.schedule_tick(at, IDLE_TICK);
+        self.schedule_tick(at, self.settings.idle_tick);
     }
 
     // Inputs of the membership.
@@ -203,6 +201,7 @@ impl World {
 
     pub(super) fn after_membership(&mut self, at: usize) {
         let (epoch, now) = (self.epoch, self.now);
+        self.nodes[at].ran = now;
         let clock = self.nodes[at].clock(epoch, now);
         let Some(process) = self.nodes[at].process.as_mut() else { return };
         let from = process.membership.identity().address;
@@ -373,7 +372,7 @@ impl World {
         process.tick = None;
         process.control.handle_timeout(clock);
         self.after_control(at);
-        self.schedule_tick(at, IDLE_TICK);
+        self.schedule_tick(at, self.settings.idle_tick);
     }
 
     pub(super) fn after_control(&mut self, at: usize) {

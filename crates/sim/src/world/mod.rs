@@ -127,6 +127,8 @@ impl World {
             leaving: false,
             note: None,
             steady_since: Duration::ZERO,
+            silent_since: Some(Duration::ZERO),
+            ran: Duration::ZERO,
         };
         let nodes: Vec<Node> = (0..nodes).map(|at| make(at, &mut rng)).collect();
         let mut world = Self {
@@ -228,6 +230,13 @@ impl World {
             node.group != 0 || node.stalled.is_some() || node.slow > Duration::ZERO || node.leaving
         };
         self.extra_loss > 0.0 || !self.cuts.is_empty() || self.nodes.iter().any(troubled)
+    }
+
+    /// Whether messages among members are lost or late beyond what is usual.
+    pub fn is_noisy(&self) -> bool {
+        self.extra_loss > 0.0
+            || !self.cuts.is_empty()
+            || self.nodes.iter().any(|node| node.group != 0 || node.slow > Duration::ZERO)
     }
 
     /// When the clocks started.
@@ -348,7 +357,9 @@ impl World {
         if self.settings.balancer == Balancer::LocalTables {
             return self.at_local_table(node, packet);
         }
-        let Some(forwarder) = self.nodes[node].forwarder.clone() else { return };
+        let Some(forwarder) = self.nodes[node].forwarder.clone().filter(|_| packet.path.len() < TTL) else {
+            return;
+        };
         self.packets += 1;
         packet.path.push(node as u16);
         let parsed = self.parsed(&packet);
@@ -490,6 +501,9 @@ impl World {
 fn flow_is_down(flow: &Flow) -> bool {
     flow.broken || flow.orphaned
 }
+
+/// Members that a packet comes by at the most, whatever they do with it. Two hand-offs are all there should be.
+const TTL: usize = 16;
 
 /// How often checkers look at the whole.
 pub(super) const SAMPLE: Duration = Duration::from_millis(250);

@@ -91,6 +91,10 @@ pub struct Node {
     pub(super) note: Option<Snapshot>,
     /// Since when it has run without a break; the end of the last stall or start.
     pub steady_since: Duration,
+    /// Since when it has carried no packets: dead, or standing still.
+    pub silent_since: Option<Duration>,
+    /// When its daemon last did anything for the membership, leases included.
+    pub ran: Duration,
 }
 
 impl Node {

@@ -13,7 +13,7 @@ use super::event::Event;
 use super::traffic::Phase;
 use super::{SAMPLE, World};
 use crate::checks::Violation;
-use crate::schedule::{Change, FLOWS_FROM};
+use crate::schedule::{self, Change, FLOWS_FROM, ROUND, ROUND_FROM};
 use crate::settings::Balancer;
 
 /// How long a site may take after the last change until all members agree, all is transferred and every window is closed; see
@@ -23,8 +23,8 @@ pub(crate) const CONVERGES: Duration = Duration::from_secs(45);
 /// How long it is left alone after that before what is held is looked at.
 const REST: Duration = Duration::from_secs(2);
 
-/// How long after the end of all traffic nothing may be remembered: idle timeout, the waits for other holders' answers, and slack.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+/// So many idle timeouts after the end of all traffic nothing may be remembered: one, the waits for other holders' answers, and slack.
+const FORGOTTEN_AFTER: u32 = 5;
 
 /// What a run showed.
 #[derive(Clone, Debug, Default)]
@@ -51,6 +51,10 @@ pub struct Report {
     pub packets: u64,
     /// See [`Self::packets`].
     pub hand_offs: u64,
+    /// Virtual time that has passed.
+    pub virtual_time: Duration,
+    /// How long the run took.
+    pub took: Duration,
     /// The story, if it was to be told.
     pub story: Vec<(Duration, String)>,
 }
@@ -78,42 +82,16 @@ impl World {
         let mut report = Report { seed: self.settings.seed, ..Report::default() };
         self.push(SAMPLE, Event::Sample);
         self.run_for(FLOWS_FROM);
-        let flows = self.settings.flows;
-        self.open(flows, Duration::from_secs(2));
-        let first =
-            self.schedule.iter().map(|(at, _)| *at).find(|at| *at > FLOWS_FROM + Duration::from_secs(5));
-        if let Some(first) = first {
-            self.run_until(first - Duration::from_millis(1));
-        }
-        (report.live, report.off_choice) = self.off_choice();
-        let last = self.schedule.last().map(|(at, _)| *at).unwrap_or_default();
-        self.run_until(last);
-        self.mend();
-        let from = self.now;
-        if self.settings.balancer == Balancer::Phalanx {
-            while self.now < from + CONVERGES && self.unsettled().is_some() {
-                self.run_for(SAMPLE);
+        if self.settings.rounds > 1 {
+            for round in 0..self.settings.rounds {
+                self.begin_round(round);
+                self.round(&mut report);
+                self.run_until(ROUND * (round + 1));
             }
-            match self.unsettled() {
-                None => report.converged_in = Some(self.now - from),
-                Some(reason) => {
-                    self.findings.violate_as("converges", self.now, format!("after {CONVERGES:?}: {reason}"));
-                }
-            }
-            self.run_for(REST);
-            self.check(|checker, world, findings| checker.settled(world, findings));
-            self.end_traffic();
-            let end = self.now + FORGOTTEN_AFTER;
-            self.run_for(self.settings.linger);
-            while self.now < end && !self.is_empty() {
-                self.run_for(SAMPLE * 4);
-            }
-            // The last word of the last end is still to be acknowledged.
-            self.run_for(Duration::from_secs(1));
-            self.check(|checker, world, findings| checker.emptied(world, findings));
         } else {
-            self.run_for(Duration::from_secs(10));
+            self.round(&mut report);
         }
+        report.virtual_time = self.now;
         report.violations = std::mem::take(&mut self.findings.violations);
         report.opened = self.opened;
         report.broken_by = self.broken_by;
@@ -124,6 +102,61 @@ impl World {
         report.hand_offs = self.hand_offs;
         report.story = self.story.unwrap_or_default();
         report
+    }
+
+    /// What happens in this round of a run of days is laid out.
+    fn begin_round(&mut self, round: u32) {
+        self.ending = false;
+        let up: Vec<bool> = self.nodes.iter().map(|node| node.process.is_some()).collect();
+        let usable: Vec<bool> = self.backends.iter().map(|backend| backend.usable && backend.alive).collect();
+        for (after, change) in schedule::round(&self.settings, round, &up, &usable) {
+            self.push(self.now + after, Event::Change(self.schedule.len()));
+            self.schedule.push((self.now + after, change));
+        }
+    }
+
+    /// Connections are opened, what is to happen happens, all comes to rest, and all connections end.
+    fn round(&mut self, report: &mut Report) {
+        let flows = self.settings.flows;
+        self.open(flows, Duration::from_secs(2));
+        // In a run of days backends change first, and then rest.
+        let days = self.settings.rounds > 1;
+        let after = self.now + if days { ROUND_FROM - SAMPLE } else { Duration::from_secs(5) };
+        let first = self.schedule.iter().map(|(at, _)| *at).find(|at| *at > after);
+        if let Some(first) = first {
+            self.run_until(first - Duration::from_millis(1));
+        }
+        (report.live, report.off_choice) = self.off_choice();
+        let last = self.schedule.last().map(|(at, _)| *at).unwrap_or_default();
+        self.run_until(last);
+        self.mend();
+        if self.settings.balancer != Balancer::Phalanx {
+            return self.run_for(Duration::from_secs(10));
+        }
+        let from = self.now;
+        let bound = CONVERGES * self.settings.slowness();
+        while self.now < from + bound && self.unsettled().is_some() {
+            self.run_for(SAMPLE);
+        }
+        match self.unsettled() {
+            None => {
+                report.converged_in = Some(report.converged_in.unwrap_or_default().max(self.now - from));
+            }
+            Some(reason) => {
+                self.findings.violate_as("converges", self.now, format!("after {bound:?}: {reason}"));
+            }
+        }
+        self.run_for(REST);
+        self.check(|checker, world, findings| checker.settled(world, findings));
+        self.end_traffic();
+        let end = self.now + self.settings.idle * FORGOTTEN_AFTER;
+        self.run_for(self.settings.linger);
+        while self.now < end && !self.is_empty() {
+            self.run_for(SAMPLE * 4);
+        }
+        // The last word of the last end is still to be acknowledged.
+        self.run_for(Duration::from_secs(1));
+        self.check(|checker, world, findings| checker.emptied(world, findings));
     }
 
     /// Somebody has died: notes the live flows whose owner and first backup, by the table in force, are both gone.

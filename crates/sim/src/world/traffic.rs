@@ -172,17 +172,20 @@ impl World {
 
     fn profile(&mut self) -> Profile {
         let idle = self.settings.idle;
+        let sparse = self.settings.sparseness();
+        let half_closed = (self.settings.linger.as_secs() / 6) as u32;
+        let pause = |milliseconds: u64| Duration::from_millis(milliseconds) * sparse;
         let rng = &mut self.traffic;
         let seldom = idle.mul_f64(rng.random_range(0.3..0.75));
         match rng.random_range(0..100) {
-            0..=34 => Profile::Steady(Duration::from_millis(*pick(rng, &[150, 400, 1_000, 2_500]))),
+            0..=34 => Profile::Steady(pause(*pick(rng, &[150, 400, 1_000, 2_500]))),
             35..=49 => Profile::Steady(seldom),
             50..=57 => Profile::Short(rng.random_range(1..8)),
-            58..=67 => Profile::HalfClosed(Duration::from_millis(*pick(rng, &[300, 1_200]))),
+            58..=67 => Profile::HalfClosed(Duration::from_millis(*pick(rng, &[300, 1_200])) * half_closed),
             68..=72 => Profile::Resetting(rng.random_range(1..8)),
             73..=80 => Profile::Reusing(rng.random_range(1..5)),
             81..=84 => Profile::Silent,
-            _ => Profile::Datagrams(Duration::from_millis(*pick(rng, &[100, 700, 2_000]))),
+            _ => Profile::Datagrams(pause(*pick(rng, &[100, 700, 2_000]))),
         }
     }
 
@@ -455,6 +458,7 @@ impl World {
                         server.connections.remove(&key);
                     }
                     let gap = Duration::from_millis(self.traffic.random_range(5..6_000));
+                    let gap = gap * self.settings.sparseness();
                     return self.client_timer(flow, gap);
                 }
                 let pause = self.pause(flow);

@@ -9,7 +9,7 @@ use phalanx_flow::key::{mapped, unmapped};
 use phalanx_flow::{FlowEntry, FlowKey};
 
 /// Version of these layouts.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Plans that exist at once: the one in force and the one being written.
 pub const PLANS: u32 = 2;
@@ -62,7 +62,9 @@ pub struct Header {
     /// 1: there may be something in the cache.
     pub caching: u8,
     /// Zero.
-    pub reserved: [u8; 6],
+    pub reserved: [u8; 2],
+    /// Sets in the table of half-open flows.
+    pub half_open_sets: u32,
     /// Our interfaces' addresses, little-endian, [`NO_MAC`] behind the last: frames for others are not ours to forward.
     pub macs: [u64; MAX_MACS],
     /// Digest of the view, for hand-offs.
@@ -306,10 +308,8 @@ pub struct CpuCounters {
     pub faults: u64,
     /// Packets whose next hop the plan did not know, so that the kernel's routes were asked.
     pub fib_lookups: u64,
-    /// Half-open flows that were put into their table, and that were taken out of it: what is missing was pushed out.
-    pub half_open_in: u64,
-    /// See `half_open_in`.
-    pub half_open_out: u64,
+    /// Half-open flows that were pushed out by younger ones.
+    pub half_open_evicted: u64,
     /// The tick in which the CPU looked at the clock, and what the clock said, in milliseconds.
     pub tick: u64,
     /// See `tick`.
@@ -476,15 +476,29 @@ pub struct Change {
     pub key: FlowKey,
     /// See [`change`].
     pub what: u32,
-    /// Of PROTECT.
+    /// Of PROTECT and PUT.
     pub update: u32,
-    /// Of STAMP, PROTECT and REMOVE.
+    /// Of STAMP, PROTECT, REMOVE and PUT.
     pub birth: u64,
-    /// Of TOUCH and REMOVE, in milliseconds of the program's clock.
+    /// Of TOUCH, REMOVE and PUT, in milliseconds of the program's clock.
     pub seen_ms: u64,
+    /// Of PUT, likewise.
+    pub reported_ms: u64,
+    /// Of PUT.
+    pub backend: u32,
+    /// Of PUT.
+    pub flags: u32,
 }
 
-const _: () = assert!(size_of::<Change>() == 64);
+const _: () = assert!(size_of::<Change>() == 80);
+
+#[cfg(not(target_arch = "bpf"))]
+impl Change {
+    /// A change that says nothing but what it is.
+    pub fn new(what: u32, key: &FlowKey) -> Self {
+        Self { key: *key, what, update: 0, birth: 0, seen_ms: 0, reported_ms: 0, backend: 0, flags: 0 }
+    }
+}
 
 /// Kinds of [`Change`].
 pub mod change {
@@ -496,10 +510,14 @@ pub mod change {
     pub const TOUCH: u32 = 3;
     /// Remove it if it has this birth (or any for 0) and was not seen since.
     pub const REMOVE: u32 = 4;
+    /// Record it as half-open, whatever half-open one is there.
+    pub const PUT: u32 = 5;
+    /// Take it out of the table of half-open flows.
+    pub const TAKE_OUT: u32 = 6;
 }
 
 /// Changes in one run of [`APPLY`].
-pub const MAX_CHANGES: usize = 32;
+pub const MAX_CHANGES: usize = 16;
 
 #[cfg(not(target_arch = "bpf"))]
 impl Key4 {
@@ -533,7 +551,7 @@ impl Key4 {
 impl Change {
     /// As bytes, in the kernel's order.
     pub fn to_bytes(self) -> [u8; size_of::<Self>()] {
-        // SAFETY: `#[repr(C)]` of numbers without implicit padding: 40 + 4 + 4 + 8 + 8.
+        // SAFETY: `#[repr(C)]` of numbers without implicit padding: 40 + 2 × 4 + 3 × 8 + 2 × 4.
         unsafe { core::mem::transmute(self) }
     }
 }

@@ -1,8 +1,6 @@
 //! What the rest of the daemon asks of a forwarder.
 
 use std::collections::HashMap;
-use std::io;
-use std::os::fd::AsFd as _;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -12,45 +10,13 @@ use phalanx_forwarder::{
     Counters, Drop as Reason, Forwarder, InstallError, NextHops, Plan, RowSet, SendError, Upserted, rewrite,
 };
 
-use crate::abi::{self, Change, MAX_CHANGES, change};
+use crate::abi::{self, Change, change};
 use crate::events::kind_of;
 use crate::maps::{Kind, now_ms};
-use crate::run::run;
 use crate::writer::Names;
 use crate::{XdpForwarder, lock, punts, read};
 
 impl XdpForwarder {
-    /// Has the kernel make changes of flows; which of them were made.
-    fn change(&self, changes: &[Change]) -> Vec<bool> {
-        let mut made = Vec::with_capacity(changes.len());
-        let attached = lock(&self.attached);
-        let apply =
-            attached.as_ref().ok_or(io::ErrorKind::NotConnected.into()).and_then(|it| it.program(abi::APPLY));
-        for changes in changes.chunks(MAX_CHANGES) {
-            let mut bytes = Vec::with_capacity(size_of_val(changes));
-            for change in changes {
-                bytes.extend_from_slice(&change.to_bytes());
-            }
-            let answer = match &apply {
-                Ok(program) => program
-                    .fd()
-                    .map_err(io::Error::other)
-                    .and_then(|program| run(program.as_fd(), &bytes, None)),
-                Err(error) => Err(error.kind().into()),
-            };
-            match answer {
-                Ok((_, answer)) => {
-                    made.extend(answer.chunks_exact(size_of::<Change>()).map(|change| change[40] == 1))
-                }
-                Err(error) => {
-                    tracing::error!(%error, "the kernel makes no changes of flows");
-                    made.extend(changes.iter().map(|_| false));
-                }
-            }
-        }
-        made
-    }
-
     pub(crate) fn record(
         &self,
         names: &Names,
@@ -128,15 +94,15 @@ impl Forwarder for XdpForwarder {
 
     fn remove(&self, key: &FlowKey, birth: u64, min_idle: Duration) -> bool {
         let seen_ms = now_ms().saturating_sub(min_idle.as_millis() as u64);
-        self.change(&[Change { key: *key, what: change::REMOVE, update: 0, birth, seen_ms }]) == [true]
+        self.maps.apply.make(&[Change { birth, seen_ms, ..Change::new(change::REMOVE, key) }]) == [true]
     }
 
     fn stamp(&self, key: &FlowKey, birth: u64) -> bool {
-        self.change(&[Change { key: *key, what: change::STAMP, update: 0, birth, seen_ms: 0 }]) == [true]
+        self.maps.apply.make(&[Change { birth, ..Change::new(change::STAMP, key) }]) == [true]
     }
 
     fn protect(&self, key: &FlowKey, birth: u64, update: u32) {
-        self.change(&[Change { key: *key, what: change::PROTECT, update, birth, seen_ms: 0 }]);
+        self.maps.apply.make(&[Change { update, birth, ..Change::new(change::PROTECT, key) }]);
     }
 
     fn touch(&self, flows: &[(FlowKey, u32)]) {
@@ -144,14 +110,11 @@ impl Forwarder for XdpForwarder {
         let changes: Vec<Change> = flows
             .iter()
             .map(|(key, idle_ms)| Change {
-                key: *key,
-                what: change::TOUCH,
-                update: 0,
-                birth: 0,
                 seen_ms: now_ms.saturating_sub(u64::from(*idle_ms)),
+                ..Change::new(change::TOUCH, key)
             })
             .collect();
-        self.change(&changes);
+        self.maps.apply.make(&changes);
     }
 
     fn upsert_cache(&self, records: &[Record]) {
@@ -271,8 +234,6 @@ impl Forwarder for XdpForwarder {
 
     fn counters(&self) -> Counters {
         let mut counters = self.engine.read_counters();
-        // What went in and neither came out nor is there was pushed out.
-        let mut half_open = self.maps.half_open_balance.load(Ordering::Relaxed);
         for cpu in self.maps.counters.per_cpu(self.cpus).unwrap_or_default() {
             for (sum, value) in counters.outcomes.iter_mut().zip(cpu.outcomes) {
                 *sum += value;
@@ -286,7 +247,7 @@ impl Forwarder for XdpForwarder {
             counters.fib_lookups += cpu.fib_lookups;
             counters.other_host += cpu.other_host;
             counters.punted += cpu.punted;
-            half_open += cpu.half_open_in.cast_signed() - cpu.half_open_out.cast_signed();
+            counters.half_open_evicted += cpu.half_open_evicted;
             counters.drops[Reason::RingFull as usize] += cpu.punts_lost;
             counters.drops[Reason::Transmit as usize] += cpu.faults;
         }
@@ -295,10 +256,6 @@ impl Forwarder for XdpForwarder {
         counters.flows = counted.flows;
         counters.half_open = counted.half_open;
         counters.cached = counted.cached;
-        // Counting takes time, in which flows come and go: so it is never taken back.
-        let evicted = (half_open - counted.half_open.cast_signed()).max(0).cast_unsigned();
-        counters.half_open_evicted =
-            self.half_open_evicted.fetch_max(evicted, Ordering::Relaxed).max(evicted);
         counters
     }
 }

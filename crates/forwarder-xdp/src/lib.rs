@@ -12,9 +12,11 @@
 //! Invariant: `crates/flow` decides, in the kernel as everywhere; this crate puts tables where the program reads them.
 
 pub mod abi;
+mod apply;
 mod error;
 mod events;
 mod forward;
+mod half_open;
 mod macs;
 mod map;
 mod maps;
@@ -26,18 +28,19 @@ mod pins;
 mod punts;
 mod run;
 mod scan;
+pub mod sets;
 mod writer;
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 
-use phalanx_flow::BackendId;
 use phalanx_flow::decide::DropReason;
+use phalanx_flow::{BackendId, FlowEntry, FlowKey};
 use phalanx_forwarder::engine::{Engine, TableLimits};
 use phalanx_forwarder::{Drop as Reason, InstallError, Plan};
 
@@ -107,7 +110,6 @@ pub struct XdpForwarder {
     adopted_hops: AdoptedHops,
     stop: Arc<AtomicBool>,
     table_full: AtomicU64,
-    half_open_evicted: AtomicU64,
     punts: Mutex<Option<JoinHandle<()>>>,
     attached: Mutex<Option<pins::Attached>>,
 }
@@ -176,7 +178,8 @@ impl XdpForwarder {
         lock: Option<pins::Lock>,
     ) -> Result<Self, StartError> {
         let mut loaded = object::load(config, slot_blocks, lock)?;
-        let maps = Maps::open(&loaded.ebpf).map_err(|error| StartError::system("open maps", error))?;
+        let seed = engine.plan().plan.seed;
+        let maps = Maps::open(&loaded.ebpf, seed).map_err(|error| StartError::system("open maps", error))?;
         let note = match &config.pins {
             Some(pins) => Some(
                 note::Note::open(&pins::tables(pins))
@@ -190,7 +193,7 @@ impl XdpForwarder {
         if loaded.adopted {
             let (old_writer, old_names, header) =
                 Writer::adopt(&maps).map_err(|error| StartError::system("adopt the tables", error))?;
-            if header.seed == engine.plan().plan.seed.0 {
+            if header.seed == seed.0 {
                 (writer, names) = (old_writer, old_names);
                 caching = header.caching != 0;
                 adopted = Some(Adopted {
@@ -218,10 +221,7 @@ impl XdpForwarder {
         let macs = Arc::new(Mutex::new(macs));
         let names = Arc::new(RwLock::new(names));
         let stop = Arc::new(AtomicBool::new(false));
-        let entry = attached
-            .program(abi::ENTRY)
-            .and_then(|entry| entry.fd().map_err(io::Error::other)?.as_fd().try_clone_to_owned())
-            .map_err(|error| StartError::system("open the program", error))?;
+        let entry = entry(&attached).map_err(|error| StartError::system("open the program", error))?;
         let worker = punts::Worker {
             ring: punts,
             entry,
@@ -256,7 +256,6 @@ impl XdpForwarder {
             note,
             stop,
             table_full: AtomicU64::new(0),
-            half_open_evicted: AtomicU64::new(0),
             punts: Mutex::new(Some(punts)),
             attached: Mutex::new(Some(attached)),
         })
@@ -267,14 +266,22 @@ impl XdpForwarder {
         self.adopted.as_ref()
     }
 
+    /// Shows what the table of half-open flows has, in no order and without a call of the kernel.
+    pub fn visit_half_open(&self, show: &mut dyn FnMut(&FlowKey, &FlowEntry)) {
+        // It is memory: nothing can fail.
+        let _ = self.maps.half_open.each(show);
+    }
+
     /// Runs the program that is attached by `BPF_PROG_TEST_RUN`, as for a frame that came in on `ingress`, one of our interfaces in the
     /// calling thread's namespace: what it returns, and the frame then.
     pub fn test_run(&self, ingress: u32, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
-        let attached = lock(&self.attached);
-        let Some(attached) = attached.as_ref() else { return Err(io::ErrorKind::NotConnected.into()) };
+        let program = match lock(&self.attached).as_ref() {
+            Some(attached) => entry(attached)?,
+            None => return Err(io::ErrorKind::NotConnected.into()),
+        };
         // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
         let context = [0, frame.len() as u32, 0, ingress, 0, 0].map(u32::to_ne_bytes).concat();
-        run(attached.program(abi::ENTRY)?.fd().map_err(io::Error::other)?.as_fd(), frame, Some(&context))
+        run(program.as_fd(), frame, Some(&context))
     }
 
     /// The kernel's number of the program that is attached, by which other programs and tools find it.
@@ -320,6 +327,11 @@ impl Drop for XdpForwarder {
     fn drop(&mut self) {
         self.shutdown();
     }
+}
+
+/// A descriptor of the program that is attached.
+fn entry(attached: &pins::Attached) -> io::Result<OwnedFd> {
+    attached.program(abi::ENTRY)?.fd().map_err(io::Error::other)?.as_fd().try_clone_to_owned()
 }
 
 fn clear(maps: &Maps, kind: Kind, table: &dyn Flows) {

@@ -1,16 +1,18 @@
 //! The program's maps, opened, and what of them user space computes.
 
 use std::io;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::Arc;
 
 use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
-use phalanx_flow::{FlowEntry, FlowKey, FlowState, Row};
+use phalanx_flow::{FlowEntry, FlowKey, FlowSeed, FlowState, Row};
 
 use crate::abi::{
     Backend, CpuCounters, FailedKey, FrontService, Header, Key4, Member, MemberKey, Ports, ServiceKey,
     ServiceValue,
 };
+use crate::apply::Apply;
+use crate::half_open::HalfOpen;
 use crate::map::{Map, data};
 
 /// The maps that a restart of the daemon adopts; `STAGES` and `WORK` belong to one load: what stages tell each other has the layout
@@ -51,12 +53,12 @@ pub(crate) struct Maps {
     pub(crate) slots: Map<u32, u32>,
     flows4: Map<Key4, FlowEntry>,
     flows6: Map<FlowKey, FlowEntry>,
-    half_open: Map<FlowKey, FlowEntry>,
+    pub(crate) half_open: HalfOpen,
     pub(crate) cache: Map<FlowKey, FlowEntry>,
     pub(crate) fragments: Map<FlowKey, Ports>,
     pub(crate) counters: Map<u32, CpuCounters>,
-    /// Half-open flows that we put in less those that we took out; what the program did is in its counters.
-    pub(crate) half_open_balance: AtomicI64,
+    /// Makes changes of flows.
+    pub(crate) apply: Arc<Apply>,
     /// Blocks of the table of slots.
     pub(crate) slot_blocks: u32,
 }
@@ -66,10 +68,12 @@ fn missing(name: &str) -> io::Error {
 }
 
 impl Maps {
-    pub(crate) fn open(ebpf: &Ebpf) -> io::Result<Self> {
+    /// `seed` is that of the flow hash.
+    pub(crate) fn open(ebpf: &Ebpf, seed: FlowSeed) -> io::Result<Self> {
         let map = |name: &'static str| -> io::Result<&MapData> {
             data(ebpf.map(name).ok_or_else(|| missing(name))?)
         };
+        let apply = Arc::new(Apply::open(ebpf)?);
         let slots = map("SLOT_TABLE")?;
         let slot_blocks = slots.info().map_err(io::Error::other)?.max_entries() / crate::abi::SLOTS;
         Ok(Self {
@@ -86,11 +90,11 @@ impl Maps {
             slots: Map::new(slots)?,
             flows4: Map::new(map("FLOWS4")?)?,
             flows6: Map::new(map("FLOWS6")?)?,
-            half_open: Map::new(map("HALF_OPEN")?)?,
+            half_open: HalfOpen::open(map("HALF_OPEN")?, seed, Arc::clone(&apply))?,
             cache: Map::new(map("CACHE")?)?,
             fragments: Map::new(map("FRAGMENTS")?)?,
             counters: Map::new(map("COUNTERS")?)?,
-            half_open_balance: AtomicI64::new(0),
+            apply,
             slot_blocks,
         })
     }
@@ -122,6 +126,11 @@ impl Maps {
             .find_map(|kind| Some((self.table(kind, key).get(key).ok().flatten()?, kind)))
     }
 
+    /// Whether the table of flows has it, whatever that of half-open ones has.
+    pub(crate) fn is_established(&self, key: &FlowKey) -> bool {
+        self.table(Kind::Established, key).get(key).is_ok_and(|entry| entry.is_some())
+    }
+
     /// Writes an entry where its state belongs; false if the table is full. `known`: where one is already.
     pub(crate) fn put(&self, key: &FlowKey, entry: &FlowEntry, known: Option<Kind>) -> bool {
         let kind = match entry.flow_state() {
@@ -130,9 +139,6 @@ impl Maps {
         };
         if self.table(kind, key).put(key, entry).is_err() {
             return false;
-        }
-        if kind == Kind::HalfOpen && known != Some(kind) {
-            self.half_open_balance.fetch_add(1, Ordering::Relaxed);
         }
         if let Some(known) = known
             && known != kind
@@ -144,9 +150,7 @@ impl Maps {
 
     /// Deletes an entry.
     pub(crate) fn delete(&self, kind: Kind, key: &FlowKey) {
-        if self.table(kind, key).delete(key).is_ok_and(|was_there| was_there) && kind == Kind::HalfOpen {
-            self.half_open_balance.fetch_sub(1, Ordering::Relaxed);
-        }
+        let _ = self.table(kind, key).delete(key);
     }
 }
 

@@ -12,6 +12,7 @@ use phalanx_flow::siphash::siphash;
 
 use crate::abi::{APPLY, ENTRY, SLOTS, STAGES};
 use crate::maps::KEPT;
+use crate::sets::SET_FLOWS;
 use crate::{Config, StartError, pins};
 
 /// The object: a plain blob, little-endian, made by `cargo xtask ebpf build`.
@@ -25,6 +26,7 @@ pub fn source_digest(root: &Path) -> io::Result<String> {
     let ours = root.join("crates/forwarder-xdp");
     let mut files = vec![
         ours.join("src/abi.rs"),
+        ours.join("src/sets.rs"),
         ours.join("ebpf/Cargo.toml"),
         ours.join("ebpf/Cargo.lock"),
         ours.join("ebpf/.cargo/config.toml"),
@@ -130,7 +132,7 @@ pub(crate) fn load(
     let sizes = [
         ("FLOWS4", limit(config.limits.flows)),
         ("FLOWS6", limit(config.limits.flows)),
-        ("HALF_OPEN", limit(config.limits.half_open)),
+        ("HALF_OPEN", limit(config.limits.half_open.div_ceil(SET_FLOWS))),
         ("CACHE", limit(config.limits.cached)),
         ("SLOT_TABLE", slot_blocks * SLOTS),
     ];

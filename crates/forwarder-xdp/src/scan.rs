@@ -52,8 +52,10 @@ impl XdpForwarder {
             }
         });
         for (key, entry) in over {
+            // One that became established while another CPU held its set for too long: the flow itself is not over.
+            let moved_on = kind == Kind::HalfOpen && self.maps.is_established(&key);
             match self.record(&names, &key, &entry, now_ms) {
-                Some(record) if kind != Kind::Cached => {
+                Some(record) if kind != Kind::Cached && !moved_on => {
                     events.push(FlowEvent { kind: FlowEventKind::Expired, at_once: false, record });
                 }
                 _ => self.maps.delete(kind, &key),

@@ -180,7 +180,8 @@ impl Writer {
             handoff_port_be: plan.handoff.port.to_be_bytes(),
             local_family,
             caching: u8::from(caching),
-            reserved: [0; 6],
+            reserved: [0; 2],
+            half_open_sets: maps.half_open.sets(),
             macs,
         };
         maps.headers.put(&next, &header).map_err(refused("HEADERS"))?;

@@ -17,7 +17,10 @@ mod abi;
 mod apply;
 mod flows;
 mod frame;
+mod half_open;
 mod maps;
+#[path = "../../src/sets.rs"]
+mod sets;
 mod stages;
 mod tables;
 

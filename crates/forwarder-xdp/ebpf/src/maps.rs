@@ -10,6 +10,7 @@ use crate::abi::{
     Backend, CpuCounters, FRONT, FailedKey, FrontService, Header, Key4, MAX_BACKENDS, MAX_MEMBERS, Member,
     MemberKey, PLANS, Ports, ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, stage,
 };
+use crate::sets::HalfOpenSet;
 
 /// Which plan is in force: the one word that switches.
 #[map]
@@ -53,9 +54,11 @@ pub(crate) static FLOWS4: HashMap<Key4, FlowEntry> = HashMap::with_max_entries(1
 /// The same of IPv6.
 #[map]
 pub(crate) static FLOWS6: HashMap<FlowKey, FlowEntry> = HashMap::with_max_entries(1024, ONE_BY_ONE);
-/// Half-open flows; old ones give way.
+/// The daemon may have it in its memory (`BPF_F_MMAPABLE`).
+const MAPPABLE: u32 = 1 << 10;
+/// Half-open flows: see [`crate::half_open`].
 #[map]
-pub(crate) static HALF_OPEN: LruHashMap<FlowKey, FlowEntry> = LruHashMap::with_max_entries(1024, 0);
+pub(crate) static HALF_OPEN: Array<HalfOpenSet> = Array::with_max_entries(128, MAPPABLE);
 /// Other members' flows.
 #[map]
 pub(crate) static CACHE: LruHashMap<FlowKey, FlowEntry> = LruHashMap::with_max_entries(1024, 0);

@@ -32,7 +32,7 @@ fn work() -> Option<&'static mut Work> {
 }
 
 #[inline(always)]
-fn header(plan: u32) -> Option<&'static Header> {
+pub(crate) fn header(plan: u32) -> Option<&'static Header> {
     HEADERS.get(plan)
 }
 

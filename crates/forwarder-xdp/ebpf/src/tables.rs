@@ -15,9 +15,9 @@ use crate::abi::{
 };
 use crate::flows;
 use crate::frame::read;
+use crate::half_open;
 use crate::maps::{
-    CACHE, FAILED, FRAGMENTS, FRONT_SERVICES, HALF_OPEN, LEASE, MEMBER_SLOTS, MEMBERS, ROW_TABLE, SERVICES,
-    SLOT_TABLE,
+    CACHE, FAILED, FRAGMENTS, FRONT_SERVICES, LEASE, MEMBER_SLOTS, MEMBERS, ROW_TABLE, SERVICES, SLOT_TABLE,
 };
 
 /// Where an entry was found.
@@ -291,9 +291,10 @@ impl<const FAST: bool> Tables for View<FAST> {
             }
             None if FAST => return None,
             None => {
-                let found = HALF_OPEN.get_ptr_mut(key)?;
+                let (entry, found) = half_open::find(self.header, key)?;
                 self.place.set(Place::HalfOpen);
-                found
+                self.found.set(Some(found));
+                return Some(entry);
             }
         };
         self.found.set(Some(found));

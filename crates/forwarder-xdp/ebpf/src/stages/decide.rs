@@ -9,14 +9,17 @@ use phalanx_flow::{FlowEntry, FlowEventKind, FlowKey, FlowState, Verdict};
 use super::{NO_WAKEUP, count, counters, drop, go, header, work};
 use crate::abi::{CpuCounters, FRAGMENT_LIFE_MS, Ports, RawEvent, drops, punt, stage};
 use crate::flows;
-use crate::maps::{CACHE, EVENTS, FRAGMENTS, HALF_OPEN, Work};
+use crate::half_open;
+use crate::maps::{CACHE, EVENTS, FRAGMENTS, Work};
 use crate::tables::{Place, View, coarse_ms};
 
 /// Flags of an update: whatever is there.
 const ANY: u64 = 0;
 
 /// Decides, and records what was decided.
+// In line with what the macro makes of it: the kernel forbids tail calls in a subprogram without BTF.
 #[xdp]
+#[inline(always)]
 pub fn phalanx_decide(ctx: XdpContext) -> u32 {
     let (Some(counters), Some(work)) = (counters(), work()) else { return XDP_DROP };
     let Some(header) = header(work.plan) else { return XDP_DROP };
@@ -64,7 +67,7 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View<false>) {
         let _ = CACHE.remove(&decision.key);
     }
     let half_open = decision.entry.state == FlowState::HalfOpen as u8;
-    let mut full = false;
+    let (mut full, mut moved_on) = (false, false);
     match decision.action {
         Action::Keep => {}
         Action::Insert => {
@@ -72,16 +75,11 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View<false>) {
             if matches!(view.place.get(), Place::Flows) {
                 flows::remove(&decision.key);
             }
-            full = HALF_OPEN.insert(&decision.key, &decision.entry, ANY).is_err();
-            if !full && !matches!(view.place.get(), Place::HalfOpen) {
-                counters.half_open_in = counters.half_open_in.wrapping_add(1);
-            }
+            full = !half_open::put(counters, view.header, &decision.key, &decision.entry);
         }
         Action::Update if matches!(view.place.get(), Place::HalfOpen) && !half_open => {
             if flows::insert(&decision.key, &decision.entry) {
-                if HALF_OPEN.remove(&decision.key).is_ok() {
-                    counters.half_open_out = counters.half_open_out.wrapping_add(1);
-                }
+                moved_on = true;
             } else {
                 full = true;
                 // What is half-open stays so, and nobody needs to hear of it: the flow goes on by what is there.
@@ -94,8 +92,8 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View<false>) {
         Action::Remove => {
             if matches!(view.place.get(), Place::Flows) {
                 flows::remove(&decision.key);
-            } else if HALF_OPEN.remove(&decision.key).is_ok() {
-                counters.half_open_out = counters.half_open_out.wrapping_add(1);
+            } else {
+                moved_on = true;
             }
         }
         Action::Update | Action::UpdateCache => {
@@ -108,7 +106,8 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View<false>) {
                     if (*entry).last_reported_ms != decision.entry.last_reported_ms {
                         (*entry).last_reported_ms = decision.entry.last_reported_ms;
                     }
-                    if decision.event.is_some() {
+                    // Of a half-open flow, which may have made room for another since, nothing else has changed.
+                    if decision.event.is_some() && !matches!(view.place.get(), Place::HalfOpen) {
                         (*entry).update = decision.entry.update;
                         (*entry).state = decision.entry.state;
                         (*entry).flags = decision.entry.flags;
@@ -116,6 +115,9 @@ fn commit(counters: &mut CpuCounters, work: &mut Work, view: &View<false>) {
                 }
             }
         }
+    }
+    if moved_on {
+        half_open::remove(counters, view.header, &decision.key);
     }
     if full {
         counters.table_full = counters.table_full.wrapping_add(1);

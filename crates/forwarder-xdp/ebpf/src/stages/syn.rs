@@ -14,11 +14,9 @@ use super::send::{backend, leave, link_in_words};
 use super::{count, counters, drop, go, header};
 use crate::abi::{CpuCounters, Header, drops, stage};
 use crate::frame::{XdpFrame, read};
-use crate::maps::{ACTIVE, CACHE, HALF_OPEN};
+use crate::half_open::{self, Put};
+use crate::maps::{ACTIVE, CACHE};
 use crate::tables::{Aligned, View, coarse_ms, in_words, of_words};
-
-/// Flags of an update: only if nothing is there (`BPF_NOEXIST`).
-const NEW: u64 = 1;
 
 /// A SYN of IPv4, which [`super::enter::phalanx`] has found to be for us.
 #[xdp]
@@ -70,12 +68,10 @@ fn record_and_send(
     let key = Aligned(words);
     // SAFETY: as many bytes as a key has.
     let key = unsafe { &*(&raw const key).cast::<FlowKey>() };
-    // The view looks into the table of flows alone: a half-open one is found out here, which spares a lookup. The kernel makes room before
-    // it finds it, but keeps that room for the next: sent again, a SYN pushes out no more than the next new one would have.
-    if HALF_OPEN.insert(key, &new.entry, NEW).is_err() {
+    // The view looks into the table of flows alone: a half-open one is found out here, which spares a second search.
+    if half_open::put_new(counters, header, new.hash, words, &new.entry) != Put::Done {
         return None;
     }
-    counters.half_open_in = counters.half_open_in.wrapping_add(1);
     if header.caching != 0 {
         let _ = CACHE.remove(key);
     }

@@ -36,6 +36,9 @@ struct Cli {
     /// Instead of a minute or two, let so many days pass, with few packets and a change every quarter of an hour.
     #[arg(long)]
     days: Option<f64>,
+    /// Connections of both families, ICMP errors about them, and in half of the seeds a member whose list of backends is not the others'.
+    #[arg(long)]
+    mixed: bool,
     /// Switch replication off.
     #[arg(long)]
     twin: bool,
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
     let options = Options {
         members: cli.members,
         more_backups: usize::from(cli.backups) - 1,
+        mixed: cli.mixed,
         twin: cli.twin,
         rounds: cli.days.map(|days| (days * 86_400.0 / ROUND.as_secs_f64()).ceil().max(2.0) as u32),
         fault: cli.fault,
@@ -92,6 +96,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let mut by_checker: BTreeMap<&'static str, (u64, u64)> = BTreeMap::new();
+    let mut errors = [0, 0];
     let (mut opened, mut broken, mut lost, mut live, mut off, mut packets, mut hand_offs) =
         (0, 0, 0, 0, 0, 0, 0);
     let mut slowest = Duration::ZERO;
@@ -104,6 +109,7 @@ fn main() -> ExitCode {
         off += report.off_choice;
         packets += report.packets;
         hand_offs += report.hand_offs;
+        errors = [errors[0] + report.errors[0], errors[1] + report.errors[1]];
         slowest = slowest.max(report.converged_in.unwrap_or_default());
         let mut seen = std::collections::BTreeSet::new();
         for violation in &report.violations {
@@ -125,6 +131,9 @@ fn main() -> ExitCode {
         cli.seeds,
         failed.len()
     );
+    if options.mixed {
+        println!("  {} ICMP errors came to their connection's backend, {} to another", errors[0], errors[1]);
+    }
     for (checker, (seeds, first)) in &by_checker {
         println!("  {checker:12} in {seeds} seeds, first {first}");
     }
@@ -159,6 +168,9 @@ fn again(options: &Options) -> String {
     }
     if let Some(rounds) = options.rounds {
         words += &format!(" --days {}", (ROUND * rounds).as_secs_f64() / 86_400.0);
+    }
+    if options.mixed {
+        words += " --mixed";
     }
     if options.twin {
         words += " --twin";

@@ -22,6 +22,8 @@ pub struct Options {
     pub fault: Option<Fault>,
     /// Instead of a minute or two, so many rounds of four hours each.
     pub rounds: Option<u32>,
+    /// Both families, ICMP errors, a member with another list of backends.
+    pub mixed: bool,
     /// Tell the story.
     pub story: bool,
     /// Tell every packet of this flow in it.
@@ -38,6 +40,7 @@ impl Options {
             Some(rounds) => settings.for_days(rounds),
             None => settings,
         };
+        let settings = if self.mixed { settings.mixed() } else { settings };
         Settings { replication: !self.twin, backups: 1 + self.more_backups, fault: self.fault, ..settings }
     }
 }

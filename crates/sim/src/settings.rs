@@ -12,6 +12,9 @@ use rand::{RngExt as _, SeedableRng as _};
 
 use crate::faults::Fault;
 
+/// Members of a site that starts by itself before anything else happens, however long that takes.
+pub const LARGE: usize = 64;
+
 /// A generator of its own for each use, so that a shortened schedule does not change what else is random.
 pub fn stream(seed: u64, use_of_it: u64) -> StdRng {
     StdRng::seed_from_u64(
@@ -104,6 +107,15 @@ pub struct Settings {
     pub fault: Option<Fault>,
     /// What is due by time alone is late in the drivers by at most this.
     pub idle_tick: Duration,
+    /// A view that has changed is acted upon after this, with whatever has changed meanwhile; the daemon's control task takes the latest when
+    /// it comes to it.
+    pub view_pause: Duration,
+    /// The share of connections over IPv6.
+    pub ipv6: f64,
+    /// Pauses between ICMP errors about live connections, at the least and at the most.
+    pub icmp: Option<[Duration; 2]>,
+    /// One member hears of backends so much later than the others, and until then has none in its configuration that came after the start.
+    pub laggard: Option<Duration>,
     /// Rounds of traffic, changes, rest and silence, each [`schedule::ROUND`](crate::schedule::ROUND) long; one in a common run, which does
     /// not wait for the end of it.
     pub rounds: u32,
@@ -158,7 +170,24 @@ impl Settings {
             balancer: Balancer::Phalanx,
             fault: None,
             idle_tick: Duration::from_millis(100),
+            view_pause: if members > LARGE { Duration::from_millis(100) } else { Duration::ZERO },
+            ipv6: 0.0,
+            icmp: None,
+            laggard: None,
             rounds: 1,
+        }
+    }
+
+    /// The same site with connections of both families, ICMP errors about them, and a member whose list of backends is not that of the
+    /// others.
+    #[must_use]
+    pub fn mixed(self) -> Self {
+        let mut rng = stream(self.seed, 20);
+        Self {
+            ipv6: *pick(&mut rng, &[0.3, 0.5, 1.0]),
+            icmp: Some([Duration::from_millis(5), Duration::from_millis(120)]),
+            laggard: rng.random_bool(0.5).then(|| Duration::from_millis(rng.random_range(3_000..15_000))),
+            ..self
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{Checker, Findings};
 use crate::world::World;
+use crate::world::traffic::Profile;
 
 /// See the module's doc.
 #[derive(Debug)]
@@ -24,11 +25,13 @@ impl Checker for Converges {
         let steady = world.running().map(|node| world.nodes[node].steady_since).min().unwrap_or_default();
         for (number, flow) in world.flows.iter().enumerate() {
             let waits = flow.waiting_since.map(|since| world.now.saturating_sub(since.max(steady)));
+            // A datagram that is lost is not sent again: the next one is answered.
+            let most = match flow.profile {
+                Profile::Datagrams(every) => (WAITS * world.settings.slowness()).max(every * 2),
+                _ => WAITS * world.settings.slowness(),
+            };
             // What was lost with all its holders may have been guessed to be a dead backend's.
-            if flow.is_live()
-                && !flow.lost
-                && waits.is_some_and(|waits| waits > WAITS * world.settings.slowness())
-            {
+            if flow.is_live() && !flow.lost && waits.is_some_and(|waits| waits > most) {
                 findings.violate(format!("flow {number} ({}) waits for an answer since {waits:?}", flow.key));
             }
         }

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use phalanx_flow::FlowKey;
+use phalanx_flow::{FlowKey, FlowState};
 
 use super::{Checker, Findings};
 use crate::schedule::Change;
@@ -78,8 +78,21 @@ fn found_no_room(world: &World, node: usize, key: &FlowKey, backend: Option<usiz
     let (id, process) = (world.nodes[node].id, &world.nodes[node].process);
     let has_row = process.as_ref().is_none_or(|process| process.control.planner().gives(id, key));
     let record = phalanx_forwarder::Forwarder::get(&**forwarder, key);
-    let has_it = record.is_some_and(|record| Some(backend_number(&record.backend)) == backend);
+    // What the table of half-open flows has is replicated to nobody.
+    let has_it = record.is_some_and(|record| {
+        record.state != FlowState::HalfOpen && Some(backend_number(&record.backend)) == backend
+    });
     full && has_row && !has_it && world.nodes[node].is_cramped()
+}
+
+/// When a packet of the connection was last forwarded by a member from which those that this packet came by have heard of it, or may now.
+fn last_heard_of(world: &World, packet: &Packet) -> Duration {
+    let flow = &world.flows[packet.flow];
+    let told = flow.unheard.iter().filter(|(node, (life, _))| {
+        let may_tell = |by: &u16| world.linked(usize::from(*by), **node);
+        world.nodes[**node].runs() && world.nodes[**node].life() == *life && packet.path.iter().any(may_tell)
+    });
+    told.map(|(_, (_, at))| *at).fold(flow.forwarded, Duration::max)
 }
 
 /// For each member, which members it exchanges packets with.
@@ -201,7 +214,7 @@ impl Checker for Sticky {
             Phase::HalfClosed | Phase::Closing => world.settings.linger,
             _ => world.settings.idle,
         };
-        let over = world.now.saturating_sub(flow.forwarded) > life;
+        let over = world.now.saturating_sub(last_heard_of(world, packet)) > life;
         let no_room = (0..world.nodes.len()).any(|node| found_no_room(world, node, &flow.key, flow.backend));
         if excused || no_room || over || self.is_unheard_of(world, packet) {
             return findings.excused.push(packet.flow);

@@ -66,6 +66,7 @@ impl World {
                 self.cuts.clear();
                 self.nodes.iter_mut().for_each(|node| node.group = 0);
                 self.unblock();
+                self.hear_from_who_was_apart();
             }
             Change::Cut(a, b) => {
                 self.cuts.extend([(a, b), (b, a)]);
@@ -106,12 +107,27 @@ impl World {
         }
     }
 
+    /// What members saw while they were cut off is known to the others from now on.
+    fn hear_from_who_was_apart(&mut self) {
+        for flow in &mut self.flows {
+            for (node, (life, at)) in std::mem::take(&mut flow.unheard) {
+                if self.nodes[node].process.is_some() && self.nodes[node].life == life {
+                    flow.forwarded = flow.forwarded.max(at);
+                }
+            }
+        }
+    }
+
     fn spread_health(&mut self, backend: usize, usable: bool) {
         let [least, most] = HEALTH_LAG;
         for node in 0..self.nodes.len() {
             // What changes together reaches a member together.
             let mut lag = stream(self.settings.seed ^ self.now.as_secs(), 16 + node as u64);
-            let late = lag.random_range(least..=most);
+            let mut late = lag.random_range(least..=most);
+            // It stays behind for as long as its configuration is not that of the others.
+            if !self.nodes[node].lacks.is_empty() {
+                late += self.settings.laggard.unwrap_or_default();
+            }
             self.push_in(late, Event::Health { node, backend, usable });
         }
     }

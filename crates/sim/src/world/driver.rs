@@ -213,16 +213,18 @@ impl World {
         while let Some(event) = process.membership.poll_event() {
             events.push(event);
         }
-        let view = (*process.membership.view() != *process.last_view)
-            .then(|| Arc::new(process.membership.view().clone()));
-        if let Some(view) = &view {
-            process.last_view = Arc::clone(view);
-        }
+        let pause = self.settings.view_pause;
+        let view = if pause.is_zero() { changed_view(process) } else { None };
+        let look = !pause.is_zero() && !std::mem::replace(&mut process.view_due, true);
         let lease = process.membership.lease_valid_until();
         let left = lease.map(|until| until.saturating_duration_since(clock)).unwrap_or_default();
         let due = process.membership.poll_timeout();
         if let Some(forwarder) = &self.nodes[at].forwarder {
             phalanx_forwarder::Forwarder::renew_lease(&**forwarder, left);
+        }
+        if look {
+            let life = self.nodes[at].life;
+            self.push_in(pause, Event::View { node: at, life });
         }
         if let Some(due) = due {
             let due = self.nodes[at].when(epoch, due).max(now);
@@ -252,8 +254,18 @@ impl World {
     }
 
     fn node_at(&self, address: std::net::SocketAddr) -> Option<usize> {
-        let at = self.nodes.iter().position(|node| node.address == address)?;
-        self.nodes[at].process.is_some().then_some(at)
+        let at = node::at_address(address)?;
+        self.nodes.get(at)?.process.is_some().then_some(at)
+    }
+
+    /// What has changed of the view meanwhile is acted upon.
+    pub(super) fn view_due(&mut self, at: usize, life: u64) {
+        let entry = &mut self.nodes[at];
+        let Some(process) = entry.process.as_mut().filter(|_| entry.life == life) else { return };
+        process.view_due = false;
+        if let Some(view) = changed_view(process) {
+            self.view(at, view);
+        }
     }
 
     fn member_event(&mut self, at: usize, event: MemberEvent) {
@@ -466,9 +478,27 @@ impl World {
             return;
         }
         entry.usable[backend] = usable;
-        let lists = node::usable_lists(&entry.usable);
+        // A backend that comes is heard of with the configuration that has it.
+        let reloaded = entry.lacks.contains(&backend).then(|| {
+            entry.lacks = 0..0;
+            node::services(&self.settings, entry)
+        });
+        let lists = node::usable_lists(&self.settings, entry);
         let Some(process) = entry.process.as_mut() else { return };
+        if let Some(services) = reloaded {
+            process.control.set_services(&services);
+        }
         process.control.set_usable(clock, &lists);
         self.after_control(at);
     }
+}
+
+/// The view, if it is not the one that is acted by.
+fn changed_view(process: &mut node::Process) -> Option<Arc<View>> {
+    let view = process.membership.view();
+    if *view == *process.last_view {
+        return None;
+    }
+    process.last_view = Arc::new(view.clone());
+    Some(Arc::clone(&process.last_view))
 }

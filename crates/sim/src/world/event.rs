@@ -21,6 +21,8 @@ pub enum Kind {
     Rst,
     /// UDP.
     Datagram,
+    /// An ICMP error about what the backend sent: from a router on the way to the client, for the service's address.
+    IcmpError,
 }
 
 /// A packet on its way from a client to a backend.
@@ -64,6 +66,11 @@ pub(crate) enum Event {
         life: u64,
     },
     Second {
+        node: usize,
+        life: u64,
+    },
+    /// What has changed in a view is acted upon.
+    View {
         node: usize,
         life: u64,
     },
@@ -158,6 +165,8 @@ pub(crate) enum Event {
         flow: usize,
         token: u64,
     },
+    /// Somebody on the way to a client cannot pass on what a backend sent.
+    IcmpTurn,
     /// A backend still waits for the client's word that the connection is open.
     SynAckAgain {
         flow: usize,
@@ -175,6 +184,7 @@ impl Event {
             Self::Wake { node, .. }
             | Self::Tick { node, .. }
             | Self::Second { node, .. }
+            | Self::View { node, .. }
             | Self::EchoTurn { node, .. }
             | Self::Dial { node, .. }
             | Self::Up { node, .. }

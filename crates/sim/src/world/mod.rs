@@ -21,7 +21,7 @@ use rand::rngs::StdRng;
 
 use crate::checks::{self, Checker, Findings};
 use crate::schedule::Schedule;
-use crate::settings::{Balancer, Settings, stream};
+use crate::settings::{Balancer, LARGE, Settings, stream};
 use event::{Event, Packet, Timed};
 use node::Node;
 pub use run::Report;
@@ -53,6 +53,8 @@ pub struct World {
     sequence: u64,
     network: StdRng,
     traffic: StdRng,
+    /// What [`Settings::mixed`] adds.
+    extras: StdRng,
     seeds: StdRng,
     /// The members' machines; who is down keeps its place.
     pub nodes: Vec<Node>,
@@ -90,6 +92,8 @@ pub struct World {
     watched_was: String,
     packets: u64,
     hand_offs: u64,
+    /// ICMP errors that came to their connection's backend, and to another.
+    errors: [u64; 2],
 }
 
 impl World {
@@ -124,6 +128,7 @@ impl World {
                 rng.random_range(-most..=most)
             },
             usable: Vec::new(),
+            lacks: 0..0,
             leaving: false,
             note: None,
             steady_since: Duration::ZERO,
@@ -131,6 +136,11 @@ impl World {
             ran: Duration::ZERO,
         };
         let nodes: Vec<Node> = (0..nodes).map(|at| make(at, &mut rng)).collect();
+        let mut nodes = nodes;
+        if settings.laggard.is_some() {
+            let late = stream(seed, 22).random_range(0..settings.members);
+            nodes[late].lacks = at_first..at_first + later;
+        }
         let mut world = Self {
             checkers: checks::all(),
             local_tables: vec![BTreeMap::new(); nodes.len()],
@@ -144,6 +154,7 @@ impl World {
             sequence: 0,
             network: stream(seed, 4),
             traffic: stream(seed, 5),
+            extras: stream(seed, 21),
             seeds: stream(seed, 6),
             flows: Vec::new(),
             by_key: BTreeMap::new(),
@@ -167,16 +178,25 @@ impl World {
             watched_was: String::new(),
             packets: 0,
             hand_offs: 0,
+            errors: [0; 2],
             settings,
         };
-        for (index, (at, _)) in world.schedule.clone().into_iter().enumerate() {
-            world.push(at, Event::Change(index));
+        if world.settings.members <= LARGE {
+            world.plan_changes(Duration::ZERO);
         }
         for node in 0..world.settings.members {
             let late = world.seeds.random_range(Duration::ZERO..Duration::from_millis(800));
             world.push(late, Event::Resume { node, stall: u64::MAX });
         }
         world
+    }
+
+    /// Puts the schedule into the queue, so much later than it says.
+    fn plan_changes(&mut self, later: Duration) {
+        for index in 0..self.schedule.len() {
+            self.schedule[index].0 += later;
+            self.push(self.schedule[index].0, Event::Change(index));
+        }
     }
 
     // Small questions, for checkers too.
@@ -300,6 +320,7 @@ impl World {
             }
             Event::Wake { node, life } => self.wake(node, life),
             Event::Tick { node, life } => self.tick(node, life),
+            Event::View { node, life } => self.view_due(node, life),
             Event::Second { node, life } => self.second(node, life),
             Event::EchoTurn { node, life } => self.echo_turn(node, life),
             Event::Resume { node, stall } => self.resume(node, stall),
@@ -322,6 +343,7 @@ impl World {
             Event::AtClient { flow, life, sequence, backend, reply } => {
                 self.at_client(flow, life, sequence, backend, reply);
             }
+            Event::IcmpTurn => self.icmp_turn(),
             Event::Client { flow, token } => self.client(flow, token),
             Event::SynAckAgain { flow, life, sequence, backend, tries } => {
                 self.syn_ack_again(flow, life, sequence, backend, tries);
@@ -374,6 +396,7 @@ impl World {
             self.tick_soon(node);
         }
         let in_time = self.nodes.iter().all(|node| node.slow.is_zero());
+        let apart = self.is_noisy() && self.running().any(|other| !self.linked(node, other));
         match decision.outcome {
             Outcome::Recovered => self.flows[packet.flow].guessed = true,
             Outcome::Hit | Outcome::CacheHit | Outcome::New => {
@@ -381,7 +404,11 @@ impl World {
                 flow.guessed = false;
                 // What a forwarder without a daemon sees, others hear of when the daemon is back; and late, if streams are late.
                 if self.nodes[node].process.is_some() && in_time {
-                    flow.forwarded = self.now;
+                    if apart {
+                        flow.unheard.insert(node, (self.nodes[node].life, self.now));
+                    } else {
+                        flow.forwarded = self.now;
+                    }
                 }
             }
             _ => {}

@@ -1,8 +1,9 @@
 //! One member: its process, its forwarder, its clocks.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU32;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,9 @@ use crate::settings::Settings;
 
 /// The two services' addresses: one for connections, one for datagrams.
 pub const SERVICE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
+
+/// The same for clients that use IPv6.
+pub const SERVICE_6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1);
 
 /// Ports of the two services.
 pub const TCP_PORT: u16 = 443;
@@ -49,6 +53,8 @@ pub struct Process {
     pub(super) dialling: BTreeSet<usize>,
     pub(super) wake: Option<Duration>,
     pub(super) tick: Option<Duration>,
+    /// Whether its view will be looked at.
+    pub(super) view_due: bool,
     pub(super) metadata: Metadata,
 }
 
@@ -86,6 +92,8 @@ pub struct Node {
     pub(super) skew_ms: i64,
     /// Whether this member gives new flows to each backend, as far as it has heard.
     pub(super) usable: Vec<bool>,
+    /// Backends that are not in its configuration, though they are in those of the others.
+    pub(super) lacks: Range<usize>,
     pub(super) leaving: bool,
     /// What the last daemon left beside its pinned tables.
     pub(super) note: Option<Snapshot>,
@@ -101,6 +109,11 @@ impl Node {
     /// Whether it carries packets and can be talked to now.
     pub fn runs(&self) -> bool {
         self.process.is_some() && self.stalled.is_none()
+    }
+
+    /// Which of its processes it is.
+    pub fn life(&self) -> u64 {
+        self.life
     }
 
     /// Whether it is in the middle of a stall.
@@ -144,6 +157,13 @@ pub(super) fn address(node: usize) -> SocketAddr {
     SocketAddr::from(([10, a, b, c], 7946))
 }
 
+/// The node that has this gossip address.
+pub(super) fn at_address(address: SocketAddr) -> Option<usize> {
+    let IpAddr::V4(ip) = address.ip() else { return None };
+    let [_, a, b, c] = ip.octets();
+    (u32::from_be_bytes([0, a, b, c]) as usize).checked_sub(1)
+}
+
 /// Backend number `backend`.
 pub fn backend_id(backend: usize) -> BackendId {
     BackendId::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, backend as u8 + 1)), Method::Gue, 6080)
@@ -154,15 +174,25 @@ pub fn backend_number(id: &BackendId) -> usize {
     usize::from(phalanx_flow::key::unmapped(id.address)[3]) - 1
 }
 
+/// The addresses of services.
+fn addresses(settings: &Settings) -> Vec<IpAddr> {
+    let both = [IpAddr::V4(SERVICE), IpAddr::V6(SERVICE_6)];
+    both.into_iter().take(if settings.ipv6 > 0.0 { 2 } else { 1 }).collect()
+}
+
 /// The services, for the planner.
-fn services(settings: &Settings, known: usize) -> Vec<Service> {
-    [(TCP_PORT, phalanx_flow::key::TCP), (UDP_PORT, phalanx_flow::key::UDP)]
+pub(super) fn services(settings: &Settings, node: &Node) -> Vec<Service> {
+    let backends: Vec<BackendId> =
+        (0..node.usable.len()).filter(|backend| !node.lacks.contains(backend)).map(backend_id).collect();
+    let ports = [(TCP_PORT, phalanx_flow::key::TCP), (UDP_PORT, phalanx_flow::key::UDP)];
+    addresses(settings)
         .into_iter()
-        .map(|(port, protocol)| Service {
-            address: IpAddr::V4(SERVICE),
+        .flat_map(|address| ports.map(|(port, protocol)| (address, port, protocol)))
+        .map(|(address, port, protocol)| Service {
+            address,
             port,
             protocol,
-            backends: (0..known).map(backend_id).collect(),
+            backends: backends.clone(),
             idle: settings.idle,
             linger: settings.linger,
             reset_linger: settings.reset_linger,
@@ -173,15 +203,14 @@ fn services(settings: &Settings, known: usize) -> Vec<Service> {
 }
 
 /// What new flows go to, as a member sees it: all backends if none is good.
-pub(super) fn usable_lists(usable: &[bool]) -> Vec<Vec<RankedBackend>> {
-    let open = !usable.iter().any(|usable| *usable);
-    let list: Vec<RankedBackend> = usable
-        .iter()
-        .enumerate()
+pub(super) fn usable_lists(settings: &Settings, node: &Node) -> Vec<Vec<RankedBackend>> {
+    let known = || node.usable.iter().enumerate().filter(|(backend, _)| !node.lacks.contains(backend));
+    let open = !known().any(|(_, usable)| *usable);
+    let list: Vec<RankedBackend> = known()
         .filter(|(_, usable)| open || **usable)
         .map(|(backend, _)| RankedBackend { id: backend_id(backend), weight: 1 })
         .collect();
-    vec![list.clone(), list]
+    vec![list; 2 * addresses(settings).len()]
 }
 
 /// Starts node `node`'s daemon: over the forwarder it has, or with a new one.
@@ -212,8 +241,8 @@ pub(super) fn start(
             planner.register(backend.id);
         }
     }
-    planner.set_services(&services(settings, node.usable.len()));
-    for (service, usable) in usable_lists(&node.usable).iter().enumerate() {
+    planner.set_services(&services(settings, node));
+    for (service, usable) in usable_lists(settings, node).iter().enumerate() {
         planner.set_usable(service, usable, clock);
     }
     planner.settle(clock + UNSETTLED);
@@ -286,6 +315,7 @@ pub(super) fn start(
         dialling: BTreeSet::new(),
         wake: None,
         tick: None,
+        view_due: false,
         metadata,
     })
 }

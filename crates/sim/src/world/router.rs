@@ -6,7 +6,7 @@ use phalanx_flow::FlowKey;
 use rand::RngExt as _;
 
 use super::World;
-use super::event::{Event, Packet};
+use super::event::{Event, Kind, Packet};
 use crate::settings::{Balancer, Rehash};
 
 /// A router finds out within this that a next hop does not answer.
@@ -93,13 +93,18 @@ impl World {
             }
             return;
         }
+        // An error comes from somewhere else: whoever it comes to knows as little as the router.
+        let salt = match packet.kind {
+            Kind::IcmpError => self.salt ^ u64::from(packet.sequence),
+            _ => self.salt,
+        };
         let hop = match self.settings.rehash {
             _ if self.next_hops.is_empty() => None,
             Rehash::Modulo => {
-                let at = mix(&key, self.salt) % self.next_hops.len() as u64;
+                let at = mix(&key, salt) % self.next_hops.len() as u64;
                 Some(self.next_hops[at as usize])
             }
-            Rehash::Resilient => best(&key, self.salt, self.next_hops.iter().copied()),
+            Rehash::Resilient => best(&key, salt, self.next_hops.iter().copied()),
         };
         if let Some(node) = hop {
             self.pass_to_member(node, packet);
@@ -115,7 +120,7 @@ impl World {
         let salt = self.settings.seed;
         let known =
             self.local_tables[node].get(&key).copied().filter(|backend| self.backends[*backend].alive);
-        let known = if packet.kind == super::event::Kind::Syn { None } else { known };
+        let known = if packet.kind == Kind::Syn { None } else { known };
         let usable = (0..self.backends.len())
             .filter(|backend| self.backends[*backend].usable && self.backends[*backend].alive);
         let Some(backend) = known.or_else(|| best(&key, salt, usable)) else { return };

@@ -14,11 +14,14 @@ use super::traffic::Phase;
 use super::{SAMPLE, World};
 use crate::checks::Violation;
 use crate::schedule::{self, Change, FLOWS_FROM, ROUND, ROUND_FROM};
-use crate::settings::Balancer;
+use crate::settings::{Balancer, LARGE};
 
 /// How long a site may take after the last change until all members agree, all is transferred and every window is closed; see
 /// `docs/testing.md`.
 pub(crate) const CONVERGES: Duration = Duration::from_secs(45);
+
+/// How long a large site has for its start.
+const STARTS: Duration = Duration::from_secs(120);
 
 /// How long it is left alone after that before what is held is looked at.
 const REST: Duration = Duration::from_secs(2);
@@ -51,6 +54,8 @@ pub struct Report {
     pub packets: u64,
     /// See [`Self::packets`].
     pub hand_offs: u64,
+    /// ICMP errors that came to their connection's backend, and to another.
+    pub errors: [u64; 2],
     /// Virtual time that has passed.
     pub virtual_time: Duration,
     /// How long the run took.
@@ -82,6 +87,12 @@ impl World {
         let mut report = Report { seed: self.settings.seed, ..Report::default() };
         self.push(SAMPLE, Event::Sample);
         self.run_for(FLOWS_FROM);
+        if self.settings.members > LARGE {
+            while self.now < STARTS && self.unsettled().is_some() {
+                self.run_for(SAMPLE);
+            }
+            self.plan_changes(self.now - FLOWS_FROM);
+        }
         if self.settings.rounds > 1 {
             for round in 0..self.settings.rounds {
                 self.begin_round(round);
@@ -100,6 +111,7 @@ impl World {
         report.orphans = [self.orphans.len() as u64, broken as u64];
         report.packets = self.packets;
         report.hand_offs = self.hand_offs;
+        report.errors = self.errors;
         report.story = self.story.unwrap_or_default();
         report
     }
@@ -119,6 +131,9 @@ impl World {
     fn round(&mut self, report: &mut Report) {
         let flows = self.settings.flows;
         self.open(flows, Duration::from_secs(2));
+        if self.settings.icmp.is_some() {
+            self.push_in(Duration::from_secs(2), Event::IcmpTurn);
+        }
         // In a run of days backends change first, and then rest.
         let days = self.settings.rounds > 1;
         let after = self.now + if days { ROUND_FROM - SAMPLE } else { Duration::from_secs(5) };

@@ -1,7 +1,7 @@
 //! Clients and backends: the truth that members do not know.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use phalanx_flow::{Arrival, FlowKey};
@@ -9,7 +9,7 @@ use rand::RngExt as _;
 
 use super::World;
 use super::event::{Event, Kind, Packet, Reply};
-use super::node::{SERVICE, TCP_PORT, UDP_PORT};
+use super::node::{SERVICE, SERVICE_6, TCP_PORT, UDP_PORT};
 use crate::settings::pick;
 
 /// First retransmission of data, and the longest pause (Linux: 200 ms and doubling).
@@ -83,6 +83,8 @@ pub struct Flow {
     pub guessed: bool,
     /// When a member with a daemon last forwarded a packet of it by what it knew.
     pub forwarded: Duration,
+    /// The same for members that were cut off from others and could not tell: by place, in which life, and when.
+    pub unheard: BTreeMap<usize, (u64, Duration)>,
     /// Its backend died.
     pub orphaned: bool,
     /// Since when its last packet waits for an answer.
@@ -131,13 +133,20 @@ impl World {
             let number = self.flows.len() as u32;
             let [_, a, b, c] = number.to_be_bytes();
             let port = self.traffic.random_range(1_024..u16::MAX);
-            let client = IpAddr::V4(Ipv4Addr::new(100, a, b, c));
+            let newer = self.settings.ipv6 > 0.0 && self.extras.random_bool(self.settings.ipv6);
+            let [client, address] = if newer {
+                let [one, other] = [a, b].map(u16::from);
+                let host = u16::from_be_bytes([1, c]);
+                [Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, one, other, host), SERVICE_6].map(IpAddr::V6)
+            } else {
+                [Ipv4Addr::new(100, a, b, c), SERVICE].map(IpAddr::V4)
+            };
             let profile = self.profile();
             let (protocol, service) = match profile {
                 Profile::Datagrams(_) => (phalanx_flow::key::UDP, UDP_PORT),
                 _ => (phalanx_flow::key::TCP, TCP_PORT),
             };
-            let Some(key) = FlowKey::new(protocol, (client, port), (IpAddr::V4(SERVICE), service)) else {
+            let Some(key) = FlowKey::new(protocol, (client, port), (address, service)) else {
                 continue;
             };
             let flow = Flow {
@@ -152,6 +161,7 @@ impl World {
                 lost: false,
                 guessed: false,
                 forwarded: self.now,
+                unheard: BTreeMap::new(),
                 orphaned: false,
                 waiting_since: None,
                 last_sent: self.now,
@@ -251,6 +261,7 @@ impl World {
                 entry.backend = None;
                 entry.established = None;
                 entry.asked.clear();
+                entry.unheard.clear();
                 entry.heard = 0;
                 entry.sent = 0;
                 (entry.broken, entry.excused, entry.lost) = (false, false, false);
@@ -324,9 +335,34 @@ impl World {
         self.push_in(late, Event::AtRouter(packet));
     }
 
+    /// What the backend of some live connection sent does not fit, or does not get through: an error about it comes by the router.
+    pub(super) fn icmp_turn(&mut self) {
+        let Some([least, most]) = self.settings.icmp.filter(|_| !self.ending) else { return };
+        let late = self.extras.random_range(least..=most);
+        self.push_in(late, Event::IcmpTurn);
+        let live = |flow: &&Flow| flow.is_live() && flow.established.is_some();
+        let count = self.flows.iter().filter(live).count();
+        if count == 0 {
+            return;
+        }
+        let chosen = self.extras.random_range(0..count);
+        let Some(key) = self.flows.iter().filter(live).nth(chosen).map(|flow| flow.key) else { return };
+        let Some(flow) = self.by_key.get(&key).copied() else { return };
+        let sequence = self.extras.random();
+        let packet =
+            Packet { flow, life: self.flows[flow].life, kind: Kind::IcmpError, sequence, path: Vec::new() };
+        let late = self.settings.latency[0];
+        self.push_in(late, Event::AtRouter(packet));
+    }
+
     /// A packet has come to a backend.
     pub(super) fn at_backend(&mut self, backend: usize, packet: Packet) {
         self.delivered(backend, &packet);
+        if packet.kind == Kind::IcmpError {
+            let flow = &self.flows[packet.flow];
+            self.errors[usize::from(flow.backend != Some(backend))] += 1;
+            return;
+        }
         let now = self.now;
         let entry = &self.flows[packet.flow];
         let (key, current) = (entry.key, entry.life == packet.life);
@@ -353,6 +389,7 @@ impl World {
                 }
                 None
             }
+            Kind::IcmpError => None,
             _ if known => {
                 let entry = &mut self.flows[packet.flow];
                 if current && entry.backend == Some(backend) && entry.established.is_none() {
@@ -494,6 +531,7 @@ impl World {
             Kind::Fin => (PacketKind::Tcp { flags: tcp_flags::ACK | tcp_flags::FIN }, 0),
             Kind::Rst => (PacketKind::Tcp { flags: tcp_flags::RST }, 0),
             Kind::Datagram => (PacketKind::Datagram, 100),
+            Kind::IcmpError => (PacketKind::IcmpError, 28),
         };
         phalanx_flow::packet::Packet {
             key: self.flows[packet.flow].key,

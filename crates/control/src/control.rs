@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use phalanx_flow::member::Liveness;
 use phalanx_flow::slots::RankedBackend;
 use phalanx_flow::table::RankingError;
-use phalanx_flow::{BackendId, FlowEvent, FlowEventKind, FlowKey, FlowState, MemberId, MemberSlot, Record};
+use phalanx_flow::{BackendId, FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, MemberId, MemberSlot, Record};
 use phalanx_forwarder::{Forwarder, InstallError, RowSet, Upserted};
 use phalanx_membership::{Digest, KeyRing, MemberState, MemberView, View};
 use phalanx_rebalancer::{
@@ -17,7 +17,7 @@ use phalanx_rebalancer::{
 
 use crate::change::{Consequence, Happening, Phase};
 use crate::lost::Traffic;
-use crate::planner::{Destinations, Planner, Service, TableChange};
+use crate::planner::{Destinations, Planner, Service, TableChange, TableRanking};
 
 mod cached;
 mod repair;
@@ -39,6 +39,10 @@ const TOLD_AGAIN_AT_ONCE: usize = 4096;
 
 /// Other members' transfers have had this long when a member drops what it holds no more.
 const SWEEP_AFTER: Duration = Duration::from_secs(1);
+
+/// Entries that no table we know gives us may be ours by one that we have not heard of yet: whoever sent them has. A member that comes
+/// back takes some seconds to hear of its own return.
+const STRANGERS_STAY: Duration = Duration::from_secs(10);
 
 /// How long a member that ranks no more waits for its transfers and for the others to switch before it goes anyway, and how long it
 /// stays after that for packets that were on their way.
@@ -113,6 +117,8 @@ pub struct Control {
     window_opened: Option<Instant>,
     /// When entries that no table gives us are to be dropped.
     sweep_at: Option<Instant>,
+    /// Nothing is dropped before: entries have come that no table gives us.
+    strangers_until: Option<Instant>,
     transferring: bool,
     change: Phase,
     repair: Repair,
@@ -150,6 +156,7 @@ impl Control {
             linger,
             window_opened: None,
             sweep_at: None,
+            strangers_until: None,
             transferring: false,
             change: Phase::Settled,
             repair: Repair::default(),
@@ -223,6 +230,7 @@ impl Control {
         let digest_changed = view.digest != self.view.digest;
         let settled = !self.transferring && self.everybody_switched();
         let dropped = self.view.pending.is_some() && view.pending != self.view.pending;
+        let planned_before = self.planner.pending();
         self.view = Arc::clone(&view);
         let resumed = self.resumed.take();
         let own = view.get(self.settings.local);
@@ -247,6 +255,9 @@ impl Control {
             self.events.push_back(Event::ViewChanged);
         }
         self.install();
+        if change.is_some() || dropped {
+            self.mark_former(planned_before.as_deref());
+        }
         let slots = view.members.iter().map(|member| (member.id, self.planner.slot_of(member.id))).collect();
         self.events.push_back(Event::Slots(slots));
         self.replicator.handle_view(now, self.view_input());
@@ -473,7 +484,7 @@ impl Control {
         let rows = RowSet::from_rows(rows);
         let mut ahead = Vec::new();
         self.forwarder.visit(&rows, &mut |record| {
-            let protected = record.flags.has(phalanx_flow::FlowFlags::PROTECTED);
+            let protected = record.flags.has(FlowFlags::PROTECTED);
             if record.birth != 0 && !protected && record.state != FlowState::HalfOpen {
                 ahead.push((record.key, record.birth, record.update));
             }
@@ -538,34 +549,73 @@ impl Control {
         }
     }
 
-    /// The window closes when every active member has gossiped the new digest, our transfers are done, and one linger has passed.
+    /// The window closes when every active member has gossiped the new digest, our transfers are done, and one linger has passed; not
+    /// while somebody is suspected, who may be lost with all that holders have: then what former ones have is all there is.
     fn close_window_if_due(&mut self, now: Instant) {
         let Some(opened) = self.window_opened else { return };
         if now.duration_since(opened) < self.linger || self.transferring || !self.everybody_switched() {
             return;
         }
-        if !self.took_leave(now) {
+        if !self.took_leave(now) || self.suspects() {
             return;
         }
         self.window_opened = None;
         self.planner.close_window();
         self.install();
         self.replicator.handle_view(now, self.view_input());
-        let dropped = self.drop_former();
+        let dropped = self.drop_former(now);
+        // Whatever of ours is older than what other holders have was replaced meanwhile.
+        let (local, current) = (Some(self.settings.local), self.planner.current());
+        let ours = (0..current.row_count()).filter(|row| current.holders(*row).contains(&local));
+        self.set_former(&RowSet::from_rows(ours), false);
         self.events.push_back(Event::WindowClosed(dropped));
+    }
+
+    fn suspects(&self) -> bool {
+        self.view.members.iter().any(|member| member.liveness == Liveness::Suspect)
+    }
+
+    /// What neither the table in force nor the pending one gives us, but one before them, nobody tells us of any more.
+    fn mark_former(&self, planned_before: Option<&TableRanking>) {
+        let local = Some(self.settings.local);
+        let (current, pending) = (self.planner.current(), self.planner.pending());
+        let past: Vec<_> = self.planner.previous().collect();
+        let gives = |table: &TableRanking, row| table.holders(row).contains(&local);
+        let lost = |row: &u32| {
+            !gives(&current, *row)
+                && !pending.as_ref().is_some_and(|table| gives(table, *row))
+                && past.iter().map(|table| &**table).chain(planned_before).any(|table| gives(table, *row))
+        };
+        let rows = RowSet::from_rows((0..current.row_count()).filter(lost));
+        self.set_former(&rows, true);
+    }
+
+    /// Sets or clears the mark of former entries in these rows.
+    fn set_former(&self, rows: &RowSet, former: bool) {
+        let mut keys = Vec::new();
+        self.forwarder.visit(rows, &mut |record| {
+            if record.flags.has(FlowFlags::FORMER) != former {
+                keys.push(record.key);
+            }
+        });
+        self.forwarder.set_former(&keys, former);
     }
 
     /// A member that no table gives a row is told nothing of its flows any more: what it still has of them goes when its transfers
     /// are done, lest it be used when a client uses a tuple again.
     fn sweep_if_due(&mut self, now: Instant) {
-        if self.sweep_at.is_some_and(|at| at <= now) && !self.transferring {
+        if self.sweep_at.is_some_and(|at| at <= now) && !self.transferring && !self.suspects() {
             self.sweep_at = None;
-            self.drop_former();
+            self.drop_former(now);
         }
     }
 
     /// Drops the entries that no table gives us, neither the current one, nor the pending one, nor one before; says how many.
-    fn drop_former(&mut self) -> usize {
+    fn drop_former(&mut self, now: Instant) -> usize {
+        if let Some(until) = self.strangers_until.filter(|until| *until > now) {
+            self.sweep_at = Some(until);
+            return 0;
+        }
         let local = self.settings.local;
         let tables: Vec<_> =
             self.planner.previous().chain(self.planner.pending()).chain([self.planner.current()]).collect();
@@ -649,7 +699,7 @@ impl Control {
     fn find_missed(&mut self, now: Instant) {
         let mut missed = Vec::new();
         self.forwarder.visit(&RowSet::All, &mut |record| {
-            let protected = record.flags.has(phalanx_flow::FlowFlags::PROTECTED);
+            let protected = record.flags.has(FlowFlags::PROTECTED);
             if record.birth == 0 || (!protected && record.state != FlowState::HalfOpen) {
                 missed.push(*record);
             }
@@ -774,8 +824,12 @@ impl Control {
         if !seen.is_empty() {
             self.forwarder.touch(&seen);
         }
-        if self.sweep_at.is_none() && records.iter().any(|record| !self.is_ours(&record.key)) {
-            self.sweep_at = Some(now + SWEEP_AFTER);
+        let strangers: Vec<FlowKey> =
+            records.iter().map(|record| record.key).filter(|key| !self.is_ours(key)).collect();
+        if !strangers.is_empty() {
+            self.forwarder.set_former(&strangers, true);
+            self.strangers_until = Some(now + STRANGERS_STAY);
+            self.sweep_at.get_or_insert(now + STRANGERS_STAY);
         }
         results.extend(answers.into_iter().map(|answer| match answer {
             Upserted::Applied => ApplyResult::Applied,

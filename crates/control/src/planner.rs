@@ -480,6 +480,11 @@ impl Planner {
         self.past.iter().map(|past| Arc::clone(&past.ranking))
     }
 
+    /// Whether the table in force gives `member` the flow.
+    pub fn gives_now(&self, member: MemberId, key: &FlowKey) -> bool {
+        self.current.gives(member, key)
+    }
+
     /// Whether the table in force gives `member` the flow, or one before it that still counts.
     pub fn gives(&self, member: MemberId, key: &FlowKey) -> bool {
         self.current.gives(member, key) || self.past.iter().any(|past| past.ranking.gives(member, key))

@@ -27,13 +27,15 @@ pub struct Arrival {
     pub hops: u8,
     /// Whom the sender passed over because it suspects them.
     pub bypassed: Option<MemberId>,
+    /// Who was passed over handed the packet off itself: it has the flow, but only from former times.
+    pub known: bool,
     /// Source and destination port of a fragment, as a member that saw the first one tells us.
     pub ports: Option<[[u8; 2]; 2]>,
 }
 
 impl Arrival {
     /// From a client, by way of a router.
-    pub const WIRE: Self = Self { hops: 0, bypassed: None, ports: None };
+    pub const WIRE: Self = Self { hops: 0, bypassed: None, known: false, ports: None };
 }
 
 /// What the decision reads of the local member.
@@ -145,6 +147,8 @@ pub struct HandOff {
     pub hops: u8,
     /// Whom we passed over.
     pub bypassed: MemberSlot,
+    /// As [`Arrival::known`].
+    pub known: bool,
     /// The ports of a fragment, if known.
     pub ports: Option<[[u8; 2]; 2]>,
 }
@@ -304,6 +308,7 @@ struct Roles {
     row_number: u32,
     row: Row,
     bypassed: MemberSlot,
+    known: bool,
 }
 
 impl Roles {
@@ -314,7 +319,11 @@ impl Roles {
             Some(id) => tables.slot_of(id),
             None => MemberSlot::NONE,
         };
-        Self { local, row_number, row: tables.row(row_number), bypassed }
+        let known = arrival.known
+            && bypassed.is_some()
+            && bypassed != local.slot
+            && matches!(tables.liveness(bypassed), Liveness::Alive);
+        Self { local, row_number, row: tables.row(row_number), bypassed, known }
     }
 
     /// Whether traffic may go to `slot`: alive, not passed over on the way here, and if it is us, leased.
@@ -329,13 +338,24 @@ impl Roles {
             }
     }
 
-    /// Whether we are told when a tuple is used again: as owner or backup, and while a handover window is open, because then we have
-    /// nothing but what some table, however long ago, gave us to hold.
+    /// Whether our own entry may be believed: whoever holds the row no more is not told when the tuple is used again, nor is it without
+    /// a daemon.
     #[inline(always)]
-    fn is_told<T: Tables>(&self, tables: &T) -> bool {
-        self.row.owner() == self.local.slot
-            || self.row.backup() == self.local.slot
-            || tables.previous_row(self.row_number).is_some()
+    fn believes<T: Tables>(&self, tables: &T, entry: &FlowEntry, arrival: &Arrival) -> bool {
+        let former = entry.flags.has(FlowFlags::FORMER);
+        let owner = self.row.owner() == self.local.slot;
+        if !former && (entry.flow_state().is_live() || owner && self.local.leased) {
+            return true;
+        }
+        if arrival.hops > 0 {
+            // Who is asked says what it has.
+            return true;
+        }
+        let acting = self.acting_owner(tables);
+        if acting.is_some() && acting != self.local.slot {
+            return false;
+        }
+        !former || !self.other_holder(tables).is_some()
     }
 
     /// Whether there are other members that might say what we may not.
@@ -403,17 +423,23 @@ impl Roles {
         }
     }
 
+    /// `knows`: we have the flow, and would rather know better.
     #[inline(always)]
-    fn hand_off<T: Tables>(&self, tables: &T, to: MemberSlot, arrival: &Arrival) -> Verdict {
+    fn hand_off<T: Tables>(&self, tables: &T, to: MemberSlot, arrival: &Arrival, knows: bool) -> Verdict {
         let owner = self.row.owner();
-        let bypassed = if self.bypassed.is_some() {
-            self.bypassed
+        let (bypassed, known) = if to == self.bypassed {
+            (MemberSlot::NONE, false)
+        } else if self.bypassed.is_some() {
+            (self.bypassed, self.known)
         } else if to != owner && owner.is_some() && !self.usable(tables, owner) {
-            owner
+            (owner, knows && owner == self.local.slot)
+        } else if knows {
+            (self.local.slot, true)
         } else {
-            MemberSlot::NONE
+            (MemberSlot::NONE, false)
         };
-        Verdict::HandOff(HandOff { to, hops: arrival.hops.wrapping_add(1), bypassed, ports: arrival.ports })
+        let hops = arrival.hops.wrapping_add(1);
+        Verdict::HandOff(HandOff { to, hops, bypassed, known, ports: arrival.ports })
     }
 }
 
@@ -490,11 +516,12 @@ fn fragment_ports<T: Tables>(
         let roles = Roles::new(tables, local, &fragment_key, hash, arrival);
         let gatherer = roles.acting_owner(tables);
         if gatherer != local.slot && gatherer.is_some() && arrival.hops == 0 {
-            decision.end(roles.hand_off(tables, gatherer, arrival), Outcome::FragmentHandedOff);
+            decision.end(roles.hand_off(tables, gatherer, arrival, false), Outcome::FragmentHandedOff);
             return false;
         }
         // The gatherer was chosen by another row: whoever it bypassed says nothing of the flow's row.
         arrival.bypassed = None;
+        arrival.known = false;
         arrival.ports = if matches!(packet.fragment, Fragment::First { .. }) {
             decision.learn_fragment = true;
             Some([packet.key.source_port, packet.key.destination_port])
@@ -516,20 +543,22 @@ fn fragment_ports<T: Tables>(
 fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tables: &T, service: &Service) {
     decision.erase_cache = true;
     let known = tables.flow(&decision.key);
+    let acting = roles.acting_owner(tables);
+    let theirs = acting != roles.local.slot && acting.is_some() && arrival.hops < MAX_HOPS;
     if let Some(entry) = known
         && entry.flow_state().is_live()
     {
-        seen(decision, entry, Outcome::Hit, roles, service);
-        return;
-    }
-    // What is known of an ended connection must not be believed by the client's next packet, which may be here before the owner has
-    // told us of the new one.
-    if known.is_some() {
+        if !(entry.flags.has(FlowFlags::FORMER) && theirs) {
+            seen(decision, entry, Outcome::Hit, roles, service);
+            return;
+        }
+    } else if known.is_some() {
+        // What is known of an ended connection must not be believed by the client's next packet, which may be here before the owner has
+        // told us of the new one.
         decision.action = Action::Remove;
     }
-    let acting = roles.acting_owner(tables);
-    if acting != roles.local.slot && acting.is_some() && arrival.hops < MAX_HOPS {
-        decision.verdict = roles.hand_off(tables, acting, arrival);
+    if theirs {
+        decision.verdict = roles.hand_off(tables, acting, arrival, false);
         decision.outcome = Outcome::HandedOff;
         return;
     }
@@ -548,9 +577,9 @@ fn other<T: Tables>(
     tables: &T,
     service: &Service,
 ) {
-    // Who holds the row no more is not told when a tuple is used again: what it knows of an ended connection is not to be trusted.
-    if let Some(entry) = tables.flow(&decision.key)
-        && (entry.flow_state().is_live() || roles.is_told(tables))
+    let known = tables.flow(&decision.key);
+    if let Some(entry) = known
+        && roles.believes(tables, &entry, arrival)
     {
         let failed = is_to_be_reset(&entry, packet, tables, service);
         let (entry, changed) = advance(entry, packet, failed);
@@ -589,7 +618,7 @@ fn other<T: Tables>(
         return;
     }
     if theirs {
-        decision.verdict = roles.hand_off(tables, acting, arrival);
+        decision.verdict = roles.hand_off(tables, acting, arrival, known.is_some());
         decision.outcome = Outcome::HandedOff;
         return;
     }
@@ -601,12 +630,16 @@ fn other<T: Tables>(
         decision.at_once |= service.replicate_syn;
         return;
     }
-    let mut asked = if hops_left { roles.other_holder(tables) } else { MemberSlot::NONE };
+    let mut asked = match hops_left {
+        true if roles.known => roles.bypassed,
+        true => roles.other_holder(tables),
+        false => MemberSlot::NONE,
+    };
     if hops_left && !asked.is_some() && !datagram {
         asked = roles.doubted_holder(tables);
     }
     if asked.is_some() {
-        decision.verdict = roles.hand_off(tables, asked, arrival);
+        decision.verdict = roles.hand_off(tables, asked, arrival, known.is_some());
         decision.outcome = Outcome::Asked;
         return;
     }
@@ -643,7 +676,7 @@ fn icmp_error<T: Tables>(
         let acting = roles.acting_owner(tables);
         let to = if acting == roles.local.slot { roles.other_holder(tables) } else { acting };
         if to.is_some() {
-            decision.verdict = roles.hand_off(tables, to, arrival);
+            decision.verdict = roles.hand_off(tables, to, arrival, false);
             decision.outcome = if acting == roles.local.slot { Outcome::Asked } else { Outcome::HandedOff };
             return;
         }

@@ -131,6 +131,10 @@ impl FlowFlags {
     pub const DEVIATES: u8 = 2;
     /// The backup has acknowledged the record in its present version.
     pub const PROTECTED: u8 = 4;
+    /// No table gives us the flow any more, so that nobody tells us what becomes of it: its holders are asked before this is believed.
+    pub const FORMER: u8 = 8;
+    /// What says something of one member's entry, not of the flow: it is not sent, and ignored from the wire.
+    pub const LOCAL: u8 = Self::PROTECTED | Self::FORMER;
 
     /// Whether every bit of `bits` is set.
     #[inline(always)]
@@ -194,7 +198,7 @@ pub struct Record {
     pub update: u32,
     /// How far the flow has come.
     pub state: FlowState,
-    /// Bits of [`FlowFlags`]; [`FlowFlags::PROTECTED`] is local and ignored from the wire.
+    /// Bits of [`FlowFlags`]; those of [`FlowFlags::LOCAL`] are ignored from the wire.
     pub flags: FlowFlags,
     /// Milliseconds since a packet of the flow was last seen by whoever made this record.
     pub idle_ms: u32,

@@ -385,6 +385,10 @@ pub struct Punt {
     pub has_ports: u8,
     /// Ports of a fragment.
     pub ports: [[u8; 2]; 2],
+    /// 1: the member bypassed has the flow, as [`Arrival::known`](phalanx_flow::Arrival::known).
+    pub known: u8,
+    /// Zero.
+    pub reserved: [u8; 3],
     /// Of a held fragment: whom its sender passed over; 0: nobody.
     pub passed_over: u32,
     /// The frame.
@@ -514,6 +518,8 @@ pub mod change {
     pub const PUT: u32 = 5;
     /// Take it out of the table of half-open flows.
     pub const TAKE_OUT: u32 = 6;
+    /// Whether no table gives us the flow any more: if `update` is not 0.
+    pub const FORMER: u32 = 7;
 }
 
 /// Changes in one run of [`APPLY`].

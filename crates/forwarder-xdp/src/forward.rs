@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use phalanx_flow::{BackendId, FlowEntry, FlowEvent, FlowKey, MemberSlot, Record, flow_hash};
+use phalanx_flow::{BackendId, FlowEntry, FlowEvent, FlowFlags, FlowKey, MemberSlot, Record, flow_hash};
 use phalanx_forwarder::engine::entry::{entry_of, is_replaced, record_of};
 use phalanx_forwarder::{
     Counters, Drop as Reason, Forwarder, InstallError, NextHops, Plan, RowSet, SendError, Upserted, rewrite,
@@ -33,6 +33,10 @@ impl XdpForwarder {
         let known = self.maps.entry(&record.key);
         if let Some((current, _)) = &known {
             if !is_replaced(current, names.name(current.backend), record) {
+                if current.flags.has(FlowFlags::FORMER) {
+                    // Whoever sent this counts us among the holders, and knows of nothing newer.
+                    self.set_former(&[record.key], false);
+                }
                 return Upserted::Stale;
             }
             entry.last_seen_ms = entry.last_seen_ms.max(current.last_seen_ms);
@@ -103,6 +107,14 @@ impl Forwarder for XdpForwarder {
 
     fn protect(&self, key: &FlowKey, birth: u64, update: u32) {
         self.maps.apply.make(&[Change { update, birth, ..Change::new(change::PROTECT, key) }]);
+    }
+
+    fn set_former(&self, keys: &[FlowKey], former: bool) {
+        let changes: Vec<Change> = keys
+            .iter()
+            .map(|key| Change { update: u32::from(former), ..Change::new(change::FORMER, key) })
+            .collect();
+        self.maps.apply.make(&changes);
     }
 
     fn touch(&self, flows: &[(FlowKey, u32)]) {

@@ -126,7 +126,7 @@ impl Worker {
             let mut header = HandOffHeader::new(held.arrival.hops, plan.plan.view_digest, handoff.cookie)
                 .with_ports(ports[0], ports[1]);
             if let Some(bypassed) = held.arrival.bypassed {
-                header = header.bypassing(bypassed);
+                header = header.bypassing(bypassed).with_known(held.arrival.known);
             }
             let outer = Outer::new(Method::Gue, family, address, address, handoff.port, 0);
             let link = LinkHeader { source: [2; 6], destination: lock(&self.macs).any() };
@@ -165,7 +165,7 @@ fn hold(engine: &Engine, held: &mut Held, punt: &Punt) {
         .and_then(|packet| packet.fragment_key());
     let Some(fragment) = key else { return engine.counters.count_drop(Reason::Malformed) };
     let bypassed = (punt.passed_over != 0).then_some(MemberId(punt.passed_over));
-    let arrival = Arrival { hops: punt.hops, bypassed, ports: None };
+    let arrival = Arrival { hops: punt.hops, bypassed, known: punt.known != 0, ports: None };
     let frame = HeldFrame { fragment, until_ms: 0, bytes, link, ingress: punt.ingress, arrival };
     let given_up = held.push(frame, now_ms());
     engine.counters.add_drops(Reason::Fragment, given_up);
@@ -207,6 +207,7 @@ fn carry_out(
             to: MemberSlot(punt.member),
             hops: punt.hops,
             bypassed: MemberSlot(punt.bypassed),
+            known: punt.known != 0,
             ports: (punt.has_ports != 0).then_some(punt.ports),
         }),
         _ => match backend_of(engine, names, punt) {

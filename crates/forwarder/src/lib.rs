@@ -135,6 +135,9 @@ pub trait Forwarder: Send + Sync {
     /// Marks the entry as acknowledged by the backup, if it still has this birth and update.
     fn protect(&self, key: &FlowKey, birth: u64, update: u32);
 
+    /// Sets or clears [`FORMER`](phalanx_flow::FlowFlags::FORMER) in the flows' entries. An upsert clears it too, of an older record as well.
+    fn set_former(&self, keys: &[FlowKey], former: bool);
+
     /// Another holder saw the flow this many milliseconds ago: an entry that saw it longer ago is refreshed.
     fn touch(&self, flows: &[(FlowKey, u32)]);
 

@@ -130,6 +130,10 @@ macro_rules! forward_to_engine {
             self.$engine.protect(key, birth, update);
         }
 
+        fn set_former(&self, keys: &[phalanx_flow::FlowKey], former: bool) {
+            self.$engine.set_former(keys, former);
+        }
+
         fn touch(&self, flows: &[(phalanx_flow::FlowKey, u32)]) {
             self.$engine.touch(flows);
         }

@@ -263,6 +263,7 @@ impl<S: Sink> Work<'_, '_, S> {
         let arrival = Arrival {
             hops: header.hops,
             bypassed: header.bypassed(),
+            known: header.known(),
             ports: header.ports().map(|(source, destination)| [source, destination]),
         };
         self.rule(frame, &packet, Link::Ip, &arrival, Offload::NONE);
@@ -316,7 +317,7 @@ impl<S: Sink> Work<'_, '_, S> {
                 let plan = &self.batch.plan().plan;
                 let mut header = HandOffHeader::new(hand_off.hops, plan.view_digest, plan.handoff.cookie);
                 if let Some(bypassed) = bypassed {
-                    header = header.bypassing(bypassed);
+                    header = header.bypassing(bypassed).with_known(hand_off.known);
                 }
                 if let Some([source, destination]) = hand_off.ports {
                     header = header.with_ports(source, destination);

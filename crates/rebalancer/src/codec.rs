@@ -388,7 +388,7 @@ fn encode_item(item: &Item, place: impl Fn(&BackendId) -> u16) -> [u8; ITEM] {
     let of_record = |kind, record: &Record, bits| Fields {
         kind,
         state: record.state as u8,
-        flags: record.flags.with(FlowFlags::PROTECTED, false).0,
+        flags: record.flags.with(FlowFlags::LOCAL, false).0,
         bits,
         backend: place(&record.backend),
         birth: record.birth,

@@ -173,6 +173,10 @@ impl Forwarder for SimForwarder {
         self.engine.protect(key, birth, update);
     }
 
+    fn set_former(&self, keys: &[FlowKey], former: bool) {
+        self.engine.set_former(keys, former);
+    }
+
     fn touch(&self, flows: &[(FlowKey, u32)]) {
         self.engine.touch(flows);
     }

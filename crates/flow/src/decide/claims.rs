@@ -128,7 +128,7 @@ fn claim_2_the_backup_processes_the_connection_while_the_owner_cannot() {
     let Verdict::HandOff(hand_off) = passed_on.verdict else { panic!("{passed_on:?}") };
     assert_eq!(hand_off.bypassed, OWNER, "the backup is told why it gets the packet");
 
-    let arrival = Arrival { hops: 1, bypassed: Some(MemberId(u32::from(OWNER.0))), ports: None };
+    let arrival = Arrival { hops: 1, bypassed: Some(MemberId(u32::from(OWNER.0))), known: false, ports: None };
     let backup = World { flow: recorded(), ..World::of(BACKUP) };
     assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED), "by the state it was sent");
     let new = World::of(BACKUP).decide(arrival, tcp_flags::SYN);
@@ -144,7 +144,7 @@ fn claim_15_a_syn_is_forwarded_and_recorded_by_the_owner_or_handed_to_it() {
     assert_eq!(at_owner.event, Some(FlowEventKind::New), "the daemon is told, to tell the backup (430)");
     assert_eq!(at_owner.entry.backend, CONSISTENT);
     // A SYN that was handed to the owner is dealt with like one that came to it (445).
-    let arrival = Arrival { hops: 1, bypassed: None, ports: None };
+    let arrival = Arrival { hops: 1, bypassed: None, known: false, ports: None };
     let handed = World::of(OWNER).decide(arrival, tcp_flags::SYN);
     assert_eq!(
         (handed.verdict, handed.action, handed.event),
@@ -224,6 +224,64 @@ fn a_cache_that_knows_of_an_end_leaves_the_packet_to_the_owner() {
     assert_eq!(World { cached: entry, ..World::of(THIRD) }.decide(last, DATA).outcome, Outcome::CacheHit);
 }
 
+/// Whom a packet from the wire is handed off to, and the packet as it arrives there.
+fn handed_on(decision: &Decision) -> (MemberSlot, Arrival) {
+    let Verdict::HandOff(to) = decision.verdict else { panic!("{:?}", decision.verdict) };
+    let bypassed = to.bypassed.is_some().then(|| MemberId(u32::from(to.bypassed.0)));
+    (to.to, Arrival { hops: to.hops, bypassed, known: to.known, ports: to.ports })
+}
+
+#[test]
+fn what_a_former_holder_has_is_asked_for_and_not_believed() {
+    let former = |state: FlowState| {
+        let flags = FlowFlags(FlowFlags::FORMER);
+        recorded().map(|entry| FlowEntry { state: state as u8, flags, ..entry })
+    };
+    for state in [FlowState::Established, FlowState::Closing] {
+        // From the wire it goes to the owner, with a word that the flow is known here.
+        let third = World { flow: former(state), ..World::of(THIRD) };
+        let (to, arrival) = handed_on(&third.decide(Arrival::WIRE, DATA));
+        assert_eq!((to, arrival.known, arrival.bypassed), (OWNER, true, Some(MemberId(2))));
+        // The owner forwards by what it has itself,
+        let known = World { flow: recorded(), ..World::of(OWNER) }.decide(arrival, DATA);
+        assert_eq!(known.verdict, Verdict::Forward(RECORDED));
+        // and asks who has it rather than guess, or ask somebody else,
+        let (to, arrival) = handed_on(&World::of(OWNER).decide(arrival, DATA));
+        assert_eq!((to, arrival.bypassed, arrival.known), (THIRD, None, false));
+        // who forwards by it.
+        assert_eq!(third.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+        // An owner that is not sure of its own entry asks its backup, and takes it if the backup does not know.
+        let owner = World { flow: former(state), ..World::of(OWNER) };
+        let (to, arrival) = handed_on(&owner.decide(Arrival::WIRE, DATA));
+        assert_eq!((to, arrival.known), (BACKUP, true));
+        let (to, arrival) = handed_on(&World::of(BACKUP).decide(arrival, DATA));
+        assert_eq!(to, OWNER);
+        assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+        let alone = World { suspect: Some(BACKUP), ..owner };
+        assert_eq!(alone.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+    }
+    // A SYN is for the owner to judge; the entry stays, in case it is a repeated one.
+    let live = World { flow: former(FlowState::Established), ..World::of(THIRD) };
+    let syn = live.decide(Arrival::WIRE, tcp_flags::SYN);
+    assert_eq!((handed_to(&syn), syn.action), (Some(OWNER), Action::Keep));
+    // The twin.
+    let holds = World { flow: recorded(), ..World::of(THIRD) };
+    assert_eq!(holds.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+#[test]
+fn a_connection_that_has_ended_is_for_the_owner_to_know() {
+    let ended = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });
+    let at = |local, arrival| World { flow: ended, ..World::of(local) }.decide(arrival, DATA);
+    // The owner may have recorded a new one a moment ago.
+    assert_eq!(handed_to(&at(BACKUP, Arrival::WIRE)), Some(OWNER));
+    assert_eq!(at(OWNER, Arrival::WIRE).verdict, Verdict::Forward(RECORDED));
+    // Who is asked, or acts for the owner, says what it has.
+    assert_eq!(at(BACKUP, Arrival { hops: 1, ..Arrival::WIRE }).verdict, Verdict::Forward(RECORDED));
+    let acting = World { flow: ended, suspect: Some(OWNER), ..World::of(BACKUP) };
+    assert_eq!(acting.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
 #[test]
 fn who_forwards_for_the_owner_says_so_after_a_quarter_of_the_time_it_would_be_forgotten_in() {
     let after = |state: FlowState, unreported_ms: u64| {
@@ -232,9 +290,11 @@ fn who_forwards_for_the_owner_says_so_after_a_quarter_of_the_time_it_would_be_fo
             last_reported_ms: NOW_MS - unreported_ms,
             ..entry
         });
-        let [held, cached] =
-            [World { flow: entry, ..World::of(BACKUP) }, World { cached: entry, ..World::of(THIRD) }]
-                .map(|world| world.decide_on(Arrival::WIRE, tcp_flags::ACK, b""));
+        // What has ended is forwarded by others than the owner only while they act for it.
+        let suspect = (!state.is_live()).then_some(OWNER);
+        let held = World { flow: entry, suspect, ..World::of(BACKUP) };
+        let [held, cached] = [held, World { cached: entry, ..World::of(THIRD) }]
+            .map(|world| world.decide_on(Arrival::WIRE, tcp_flags::ACK, b""));
         if state.is_live() {
             assert_eq!(held.event, cached.event, "{state:?} after {unreported_ms} ms");
         }

@@ -3,7 +3,7 @@
 //! Each says the same as the whole, or nothing; then the whole is asked.
 
 use super::{ServiceMatch, Tables, advance, is_unreported, picked};
-use crate::entry::{BackendIndex, FlowEntry, FlowState};
+use crate::entry::{BackendIndex, FlowEntry, FlowFlags, FlowState};
 use crate::hash::{FlowSeed, flow_hash};
 use crate::member::MemberSlot;
 use crate::packet::{Fragment, Packet, PacketKind};
@@ -29,7 +29,7 @@ pub fn hit<T: Tables>(
     let ServiceMatch::Service(service) = tables.service(&packet.key) else { return None };
     let entry = tables.flow(&packet.key)?;
     // Asked first, so that hardly anything of `advance` is left.
-    if entry.state != FlowState::Established as u8 || service.resets {
+    if entry.state != FlowState::Established as u8 || entry.flags.has(FlowFlags::FORMER) || service.resets {
         return None;
     }
     let (entry, changed) = advance(entry, packet, false);

@@ -77,6 +77,8 @@ fn data_of_an_established_connection_is_a_hit_and_whatever_changes_it_is_none() 
     let half_open = recorded().map(|entry| FlowEntry { state: FlowState::HalfOpen as u8, ..entry });
     assert_eq!(hit(tcp_flags::ACK, &World { flow: half_open, ..World::of(OWNER) }), None);
     assert_eq!(hit(tcp_flags::ACK, &World { failed: Some(RECORDED), ..world.clone() }), None);
+    let former = recorded().map(|entry| FlowEntry { flags: FlowFlags(FlowFlags::FORMER), ..entry });
+    assert_eq!(hit(tcp_flags::ACK, &World { flow: former, ..World::of(OWNER) }), None);
     assert_eq!(hit(tcp_flags::ACK, &World::of(OWNER)), None);
 }
 

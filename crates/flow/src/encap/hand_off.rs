@@ -51,6 +51,8 @@ impl HandOffFlags {
     pub const ECHO_REQUEST: u8 = 4;
     /// No packet inside: the answer to a probe.
     pub const ECHO_REPLY: u8 = 8;
+    /// The member bypassed is the one that handed the packet off first: it has the flow, but only from former times.
+    pub const KNOWN: u8 = 16;
 
     /// Whether every bit of `bits` is set.
     #[inline(always)]
@@ -112,6 +114,13 @@ impl HandOffHeader {
         Self { bypassed: member, flags: HandOffFlags(self.flags.0 | HandOffFlags::BYPASSED), ..self }
     }
 
+    /// The header with the one bypassed as one that has the flow.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with_known(self, known: bool) -> Self {
+        if known { Self { flags: HandOffFlags(self.flags.0 | HandOffFlags::KNOWN), ..self } } else { self }
+    }
+
     /// The header with the ports of the fragment's datagram, network byte order.
     #[inline(always)]
     #[must_use]
@@ -128,6 +137,12 @@ impl HandOffHeader {
     #[inline(always)]
     pub const fn bypassed(&self) -> Option<MemberId> {
         if self.flags.has(HandOffFlags::BYPASSED) { Some(self.bypassed) } else { None }
+    }
+
+    /// Whether the member bypassed has the flow.
+    #[inline(always)]
+    pub const fn known(&self) -> bool {
+        self.flags.has(HandOffFlags::BYPASSED | HandOffFlags::KNOWN)
     }
 
     /// Source and destination port of the fragment's datagram, network byte order, if the sender knew them.

@@ -91,6 +91,10 @@ fn apply_to(entry: &mut FlowEntry, change: &Change) -> Changed {
             false
         }
         change::TAKE_OUT => return Changed::Over,
+        change::FORMER => {
+            entry.flags = entry.flags.with(FlowFlags::FORMER, change.update != 0);
+            true
+        }
         _ => false,
     };
     if changed { Changed::Yes } else { Changed::No }

@@ -8,7 +8,7 @@
 //!            icmp TYPE CODE [rest=N] [len=N] [quote=BYTES] [{ip packet that is quoted}]
 //!            proto=N [len=N]
 //!            payload [len=N] [of=PROTOCOL]     what a later fragment has; of UDP unless it says otherwise
-//!            handoff PORT [hops=N] [cookie=N] [bypassed=ID] [ports=S,D] [echo=TOKEN | reply=TOKEN] [{ip packet}]
+//!            handoff PORT [hops=N] [cookie=N] [bypassed=ID | knows=ID] [ports=S,D] [echo=TOKEN | reply=TOKEN] [{ip packet}]
 //! at the end: [cut=BYTES] [pad=BYTES] [poke=OFFSET:HEX] of the whole frame
 //! ```
 
@@ -282,11 +282,12 @@ fn hand_off(words: &mut Words<'_>) -> Vec<u8> {
     let mut header = HandOffHeader::new(1, VIEW_DIGEST, COOKIE);
     let mut inner = Vec::new();
     let mut family = 0;
-    while let Some((name, value)) = words.option(&["hops", "cookie", "bypassed", "ports", "echo", "reply"]) {
+    while let Some((name, value)) = words.option(&["hops", "cookie", "bypassed", "knows", "ports", "echo", "reply"]) {
         match name {
             "hops" => header.hops = number(value) as u8,
             "cookie" => header.cookie = number(value),
             "bypassed" => header = header.bypassing(MemberId(number(value) as u32)),
+            "knows" => header = header.bypassing(MemberId(number(value) as u32)).with_known(true),
             "ports" => {
                 let (source, destination) = value.split_once(',').expect("S,D");
                 let port = |text| (number(text) as u16).to_be_bytes();

@@ -27,6 +27,7 @@ pub(super) const ALL: &[(&str, Test)] = &[
     ("visits show the flows of the rows asked for, and no others", visits),
     ("events tell of new, established, closing and expired flows", events),
     ("a holder that is not the owner reports flows it forwards", touches),
+    ("a former holder's entry is asked for, and not believed", former),
     ("birth is stamped once, protection holds for one version only", stamps),
     ("a flow that is not idle enough, or younger, is not removed", removal),
     ("a cached flow is forwarded, a flow of the table goes before it, and a flush returns it", cache),
@@ -305,6 +306,43 @@ fn stamps(start: &mut Start<'_>) {
     let forwarder = harness.forwarder();
     assert_eq!(forwarder.get(&flow).map(|record| (record.birth, record.update)), Some((7, 1)));
     assert!(!protected(forwarder));
+}
+
+fn former(start: &mut Start<'_>) {
+    let world = World { row: vec![2, 3, 1], ..World::default() };
+    let mut harness = begin(start, &world);
+    let flow = key(FLOW);
+    harness.forwarder().upsert(&[record(flow, 1, FlowState::Established)]);
+    assert_eq!(destination(&mut *harness, ACK), ip("10.0.1.2"));
+    harness.forwarder().set_former(&[flow], true);
+    let is_former = |forwarder: &dyn Forwarder| {
+        forwarder.get(&flow).is_some_and(|record| record.flags.has(FlowFlags::FORMER))
+    };
+    assert!(is_former(harness.forwarder()));
+    // The owner is asked, and hears that we know the flow.
+    let (bytes, outer) = one(&mut *harness, ACK);
+    assert_eq!(outer.key.destination_address(), ip("10.0.0.2"));
+    let (header, _) = phalanx_flow::encap::parse_hand_off(
+        &bytes[..],
+        usize::from(outer.payload_offset()),
+        [frames::COOKIE; 2],
+    )
+    .expect("a hand-off");
+    assert_eq!((header.known(), header.bypassed().map(|member| member.0)), (true, Some(1)));
+    // Asked ourselves, we forward by what we have.
+    let asked = format!("{HANDED} hops=2 {{{ACK}}}");
+    assert_eq!(destination(&mut *harness, &asked), ip("10.0.1.2"));
+    // Whoever sends the record again, the same or an older one, takes us for a holder.
+    assert_eq!(harness.forwarder().upsert(&[record(flow, 1, FlowState::Established)]), [Upserted::Stale]);
+    assert!(!is_former(harness.forwarder()));
+    assert_eq!(destination(&mut *harness, ACK), ip("10.0.1.2"));
+    // As owner that does not know a flow, we ask who does.
+    let owner = World { row: vec![1, 2, 3], ..world };
+    harness.forwarder().install(owner.plan()).expect("a plan");
+    let unknown = format!("{HANDED} hops=1 knows=3 {{ip4 10.9.0.1>192.0.2.1 tcp 40011>80 A}}");
+    assert_eq!(destination(&mut *harness, &unknown), ip("10.0.0.3"));
+    let guess = format!("{HANDED} hops=2 {{ip4 10.9.0.1>192.0.2.1 tcp 40011>80 A}}");
+    assert_ne!(destination(&mut *harness, &guess), ip("10.0.0.3"));
 }
 
 fn removal(start: &mut Start<'_>) {

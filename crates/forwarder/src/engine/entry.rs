@@ -20,7 +20,7 @@ pub fn entry_of(record: &Record, backend: BackendIndex, now_ms: u64) -> FlowEntr
         update: record.update,
         backend,
         state: record.state as u8,
-        flags: record.flags.with(FlowFlags::PROTECTED, false),
+        flags: record.flags.with(FlowFlags::LOCAL, false),
         reserved: [0; 6],
     }
 }

@@ -686,9 +686,11 @@ impl Engine {
         let hash = flow_hash(plan.plan.seed, &record.key);
         let mut shard = self.table.shard(hash);
         let mut entry = entry_of(record, index, now_ms);
-        if let Some(current) = shard.get(hash, &record.key) {
+        if let Some(current) = shard.get_mut(hash, &record.key) {
             let backend = plan.backend(current.backend).map(|backend| backend.id);
             if !is_replaced(current, backend, record) {
+                // Whoever sent this counts us among the holders, and knows of nothing newer.
+                current.flags = current.flags.with(FlowFlags::FORMER, false);
                 return Upserted::Stale;
             }
             entry.last_seen_ms = entry.last_seen_ms.max(current.last_seen_ms);
@@ -740,6 +742,13 @@ impl Engine {
                 entry.flags = entry.flags.with(FlowFlags::PROTECTED, true);
             }
         });
+    }
+
+    /// See [`crate::Forwarder::set_former`].
+    pub fn set_former(&self, keys: &[FlowKey], former: bool) {
+        for key in keys {
+            self.with_entry(key, |entry| entry.flags = entry.flags.with(FlowFlags::FORMER, former));
+        }
     }
 
     /// See [`crate::Forwarder::touch`].

@@ -47,8 +47,8 @@ struct Loss {
     until: Option<Duration>,
 }
 
-/// The members with a daemon that have the flow as it is, and may be asked for it: what was sent ahead of a change that is not in force
-/// yet is nobody's to ask for, and no table says that it is there.
+/// The members with a daemon that have the flow as it is and are to hold it by their table: what was sent ahead of a change is nobody's
+/// to ask for yet, and what former holders still have is kept as long as may be, but promised to nobody.
 fn holders(world: &World, flow: usize) -> BTreeSet<usize> {
     let entry = &world.flows[flow];
     world
@@ -59,16 +59,15 @@ fn holders(world: &World, flow: usize) -> BTreeSet<usize> {
                 .as_ref()
                 .and_then(|forwarder| phalanx_forwarder::Forwarder::get(&**forwarder, &entry.key));
             record.is_some_and(|record| Some(backend_number(&record.backend)) == entry.backend)
-                && !is_ahead(world, *node, &entry.key)
+                && is_to_hold(world, *node, &entry.key)
         })
         .collect()
 }
 
-/// Whether only the table of a planned change gives `node` the flow.
-fn is_ahead(world: &World, node: usize, key: &FlowKey) -> bool {
-    let (id, Some(process)) = (world.nodes[node].id, &world.nodes[node].process) else { return false };
-    let planner = process.control.planner();
-    planner.will_give(id, key) && !planner.gives(id, key)
+/// Whether the table that is in force at `node` gives it the flow.
+fn is_to_hold(world: &World, node: usize, key: &FlowKey) -> bool {
+    let process = world.nodes[node].process.as_ref();
+    process.is_some_and(|process| process.control.planner().gives_now(world.nodes[node].id, key))
 }
 
 /// Whether the flow is one that a full table could not take: it goes on by the consistent choice, and that is counted (design §4).
@@ -222,8 +221,8 @@ impl Checker for Sticky {
         let held: Vec<usize> = holders(world, packet.flow).into_iter().map(|node| node + 1).collect();
         let path: Vec<u16> = packet.path.iter().map(|node| node + 1).collect();
         findings.violate(format!(
-            "flow {} ({}) of b{:?} came to b{backend} by {path:?} ({:?}); held by {held:?}",
-            packet.flow, flow.key, flow.backend, packet.kind
+            "flow {} ({}) of b{:?} came to b{backend} by {path:?} ({:?}); held by {held:?}; last forwarded at {:?}",
+            packet.flow, flow.key, flow.backend, packet.kind, flow.forwarded
         ));
     }
 }

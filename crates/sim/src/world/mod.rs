@@ -399,6 +399,10 @@ impl World {
         let apart = self.is_noisy() && self.running().any(|other| !self.linked(node, other));
         match decision.outcome {
             Outcome::Recovered => self.flows[packet.flow].guessed = true,
+            // A datagram of a flow that was known.
+            Outcome::New if packet.kind != event::Kind::Syn && self.flows[packet.flow].backend.is_some() => {
+                self.flows[packet.flow].guessed = true;
+            }
             Outcome::Hit | Outcome::CacheHit | Outcome::New => {
                 let flow = &mut self.flows[packet.flow];
                 flow.guessed = false;
@@ -443,7 +447,12 @@ impl World {
                 };
                 self.hand_offs += 1;
                 let bypassed = plan.member(hand_off.bypassed).map(|member| member.id);
-                let arrival = Arrival { hops: hand_off.hops, bypassed, ports: hand_off.ports };
+                let arrival = Arrival {
+                    hops: hand_off.hops,
+                    bypassed,
+                    known: hand_off.known,
+                    ports: hand_off.ports,
+                };
                 if self.delivers(node, to) {
                     let late = self.latency();
                     self.push_in(late, Event::AtMember { node: to, packet, arrival });

@@ -31,6 +31,10 @@ impl Site {
         }
     }
 
+    fn is_former(&self, id: u32, n: u16) -> bool {
+        self.forwarder(id).get(&key(n)).is_some_and(|record| record.flags.has(FlowFlags::FORMER))
+    }
+
     fn is_protected(&self, id: u32, n: u16) -> bool {
         self.forwarder(id).get(&key(n)).is_some_and(|record| record.flags.has(FlowFlags::PROTECTED))
     }
@@ -127,7 +131,15 @@ fn entries_that_no_table_gives_us_go_though_no_table_has_changed() {
     site.control(1).replicator.begin_transfer(now, late);
     site.pass(TICK);
     assert!((0..FLOWS).all(|n| site.has(3, n)));
-    site.pass(SWEEP_AFTER + 2 * TICK);
+    // It may not have heard yet that they are its own, and drops nothing for another reason either; but it does not believe them.
+    for n in 0..FLOWS {
+        assert_eq!(site.is_former(3, n), !site.holders(n).contains(&3), "flow {n}");
+    }
+    let now = site.now;
+    site.control(3).sweep_at = Some(now);
+    site.pass(STRANGERS_STAY - 2 * TICK);
+    assert!((0..FLOWS).all(|n| site.has(3, n)));
+    site.pass(4 * TICK);
     assert_eq!(site.held(), usize::from(FLOWS), "what it holds stays, and the rest has gone");
 }
 
@@ -237,4 +249,36 @@ fn an_end_leaves_an_entry_that_has_seen_a_packet_since() {
     let earlier = Record { birth: kept.birth - 1, ..kept };
     assert_eq!(end(&earlier, 0), (vec![ApplyResult::Applied], true), "the tuple's next life");
     assert_eq!(end(&record(2), 10_001), (vec![ApplyResult::Applied], true));
+}
+
+#[test]
+fn what_moves_away_is_former_until_the_window_closes_or_a_holder_sends_it_again() {
+    let mut site = Site::new(&[1, 2, 3]);
+    site.see(&[1, 2], &[], 1, None);
+    site.open();
+    site.see(&[1, 2], &[3], 1, Some(2));
+    assert!((0..FLOWS).all(|n| !site.is_former(1, n) && !site.is_former(2, n)), "still held");
+    site.see(&[1, 2, 3], &[], 2, None);
+    let mut moved = Vec::new();
+    for n in 0..FLOWS {
+        for id in [1, 2] {
+            let holds = site.holders(n).contains(&id);
+            assert_eq!(site.is_former(id, n), !holds, "flow {n} at {id}");
+            if !holds {
+                moved.push((id, n));
+            }
+        }
+    }
+    assert!(moved.len() > 10);
+    // An older record is news too: its sender takes us for a holder, and knows of nothing newer.
+    let (id, n) = moved[0];
+    assert_eq!(site.forwarder(id).upsert(&[record(n)]), [Upserted::Stale]);
+    assert!(!site.is_former(id, n));
+    // While somebody is suspected, what former holders have may be all there is.
+    site.set_liveness(3, Liveness::Suspect);
+    site.pass(LINGER + 4 * TICK);
+    assert!(moved.iter().all(|&(id, n)| site.has(id, n)));
+    site.set_liveness(3, Liveness::Alive);
+    site.pass(4 * TICK);
+    assert!(moved.iter().all(|&(id, n)| !site.has(id, n)), "the window is closed");
 }

@@ -106,6 +106,7 @@ pub fn phalanx_punt(ctx: XdpContext) -> u32 {
         (*place).hops = work.arrival.hops;
         (*place).why = work.why;
         (*place).bare = work.bare as u8;
+        let mut known = work.arrival.known;
         (*place).passed_over = match work.arrival.bypassed {
             Some(id) => id.0,
             None => 0,
@@ -118,10 +119,12 @@ pub fn phalanx_punt(ctx: XdpContext) -> u32 {
                 (*place).bypassed = to.bypassed.0;
                 (*place).hops = to.hops;
                 ports = to.ports;
+                known = to.known;
             }
             _ => {}
         }
         (*place).has_ports = ports.is_some() as u8;
+        (*place).known = known as u8;
         (*place).ports = ports.unwrap_or([[0; 2]; 2]);
         if bpf_xdp_load_bytes(ctx.ctx, 0, (&raw mut (*place).frame).cast(), length) != 0 {
             reserved.discard(NO_WAKEUP);

@@ -58,6 +58,7 @@ pub(super) fn start_work(plan: u32) -> Option<&'static mut Work> {
     // As `Arrival::WIRE`, field by field: the compiler would call a function that writes bytes.
     work.arrival.hops = 0;
     work.arrival.bypassed = None;
+    work.arrival.known = false;
     work.arrival.ports = None;
     Some(work)
 }

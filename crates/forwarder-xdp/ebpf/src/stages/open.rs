@@ -28,6 +28,7 @@ pub fn phalanx_open(ctx: XdpContext) -> u32 {
             work.arrival = Arrival {
                 hops: hand_off.hops,
                 bypassed: hand_off.bypassed(),
+                known: hand_off.known(),
                 ports: match hand_off.ports() {
                     Some((source, destination)) => Some([source, destination]),
                     None => None,

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use phalanx_flow::member::Liveness;
 use phalanx_flow::slots::RankedBackend;
 use phalanx_flow::table::RankingError;
-use phalanx_flow::{BackendId, FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, MemberId, MemberSlot, Record};
+use phalanx_flow::{
+    BackendId, FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, MemberId, MemberSlot, Record,
+};
 use phalanx_forwarder::{Forwarder, InstallError, RowSet, Upserted};
 use phalanx_membership::{Digest, KeyRing, MemberState, MemberView, View};
 use phalanx_rebalancer::{

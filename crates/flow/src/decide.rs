@@ -663,9 +663,13 @@ fn icmp_error<T: Tables>(
     tables: &T,
     service: &Service,
 ) {
-    let known = match tables.flow(&decision.key) {
-        Some(entry) => Some(entry),
-        None => tables.cached(&decision.key),
+    let flow = tables.flow(&decision.key);
+    let known = match flow {
+        Some(entry) if roles.believes(tables, &entry, arrival) => Some(entry),
+        Some(_) => None,
+        None => tables
+            .cached(&decision.key)
+            .filter(|entry| entry.flow_state().is_live() || arrival.hops >= MAX_HOPS),
     };
     if let Some(entry) = known {
         decision.verdict = Verdict::Forward(entry.backend);
@@ -674,9 +678,13 @@ fn icmp_error<T: Tables>(
     }
     if arrival.hops < MAX_HOPS {
         let acting = roles.acting_owner(tables);
-        let to = if acting == roles.local.slot { roles.other_holder(tables) } else { acting };
+        let to = match acting == roles.local.slot {
+            true if roles.known => roles.bypassed,
+            true => roles.other_holder(tables),
+            false => acting,
+        };
         if to.is_some() {
-            decision.verdict = roles.hand_off(tables, to, arrival, false);
+            decision.verdict = roles.hand_off(tables, to, arrival, flow.is_some());
             decision.outcome = if acting == roles.local.slot { Outcome::Asked } else { Outcome::HandedOff };
             return;
         }

@@ -64,7 +64,7 @@ fn without_replication_sticky_fails_more_often() {
     };
     let (twin, with) = (failing(true), failing(false));
     assert!(
-        twin >= 15 && with == 0,
+        twin >= 10 && with == 0,
         "sticky fails in {twin} of 30 seeds without replication, in {with} with it"
     );
 }
@@ -107,7 +107,7 @@ fn what_leases_and_suspicion_are_for_has_a_checker() {
 }
 
 #[test]
-fn both_families_icmp_errors_and_other_lists_of_backends_keep_every_promise_but_for_one_open_fault() {
+fn both_families_icmp_errors_and_other_lists_of_backends_keep_every_promise() {
     let (mut found, mut astray) = (Vec::new(), 0);
     let mut errors = [0, 0];
     runner::run_many(0, 60, THREADS, Options { mixed: true, ..Options::default() }, |report| {
@@ -121,7 +121,7 @@ fn both_families_icmp_errors_and_other_lists_of_backends_keep_every_promise_but_
             }
         }
     });
-    assert!(found.is_empty() && astray <= 2, "{astray} ICMP errors went astray\n{}", found.join("\n"));
+    assert!(found.is_empty() && astray == 0, "{astray} ICMP errors went astray\n{}", found.join("\n"));
     let [right, _] = errors;
     assert!(right > 10_000, "only {right} ICMP errors came to their connection's backend");
 }
@@ -187,7 +187,7 @@ fn owner_and_backup_lost_at_once_break_connections_with_one_backup_and_none_with
         assert!(loss.orphans > 20 && loss.open > 150, "{loss:?}");
     }
     assert!(one.broken_orphans * 5 > one.orphans, "{one:?}");
-    assert!(cached.broken_orphans * 4 < one.broken_orphans * 3, "{cached:?}, without caches {one:?}");
+    assert!(cached.broken_orphans * 10 < one.broken_orphans * 9, "{cached:?}, without caches {one:?}");
     assert_eq!((two.broken_orphans, two.broken), (0, 0), "{two:?}");
 }
 

@@ -128,7 +128,8 @@ fn claim_2_the_backup_processes_the_connection_while_the_owner_cannot() {
     let Verdict::HandOff(hand_off) = passed_on.verdict else { panic!("{passed_on:?}") };
     assert_eq!(hand_off.bypassed, OWNER, "the backup is told why it gets the packet");
 
-    let arrival = Arrival { hops: 1, bypassed: Some(MemberId(u32::from(OWNER.0))), known: false, ports: None };
+    let arrival =
+        Arrival { hops: 1, bypassed: Some(MemberId(u32::from(OWNER.0))), known: false, ports: None };
     let backup = World { flow: recorded(), ..World::of(BACKUP) };
     assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED), "by the state it was sent");
     let new = World::of(BACKUP).decide(arrival, tcp_flags::SYN);

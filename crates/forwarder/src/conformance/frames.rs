@@ -282,7 +282,9 @@ fn hand_off(words: &mut Words<'_>) -> Vec<u8> {
     let mut header = HandOffHeader::new(1, VIEW_DIGEST, COOKIE);
     let mut inner = Vec::new();
     let mut family = 0;
-    while let Some((name, value)) = words.option(&["hops", "cookie", "bypassed", "knows", "ports", "echo", "reply"]) {
+    while let Some((name, value)) =
+        words.option(&["hops", "cookie", "bypassed", "knows", "ports", "echo", "reply"])
+    {
         match name {
             "hops" => header.hops = number(value) as u8,
             "cookie" => header.cookie = number(value),

@@ -14,14 +14,15 @@ use phalanx_forwarder::{Forwarder, InstallError, RowSet, Upserted};
 use phalanx_membership::{Digest, KeyRing, MemberState, MemberView, View};
 use phalanx_rebalancer::{
     Ahead, Apply, ApplyBatch, ApplyResult, Change, Event as ReplicationEvent, PeerError, Policy, Ranking,
-    Replicator, ViewInput, changed_rows, former_entries, plan, plan_refill,
+    Replicator, ViewInput, changed_rows, plan, plan_refill,
 };
 
 use crate::change::{Consequence, Happening, Phase};
 use crate::lost::Traffic;
-use crate::planner::{Destinations, Planner, Service, TableChange, TableRanking};
+use crate::planner::{Destinations, Planner, Service, TableChange};
 
 mod cached;
+mod former;
 mod repair;
 
 use cached::Kept;
@@ -41,10 +42,6 @@ const TOLD_AGAIN_AT_ONCE: usize = 4096;
 
 /// Other members' transfers have had this long when a member drops what it holds no more.
 const SWEEP_AFTER: Duration = Duration::from_secs(1);
-
-/// Entries that no table we know gives us may be ours by one that we have not heard of yet: whoever sent them has. A member that comes
-/// back takes some seconds to hear of its own return.
-const STRANGERS_STAY: Duration = Duration::from_secs(10);
 
 /// How long a member that ranks no more waits for its transfers and for the others to switch before it goes anyway, and how long it
 /// stays after that for packets that were on their way.
@@ -566,73 +563,8 @@ impl Control {
         self.install();
         self.replicator.handle_view(now, self.view_input());
         let dropped = self.drop_former(now);
-        // Whatever of ours is older than what other holders have was replaced meanwhile.
-        let (local, current) = (Some(self.settings.local), self.planner.current());
-        let ours = (0..current.row_count()).filter(|row| current.holders(*row).contains(&local));
-        self.set_former(&RowSet::from_rows(ours), false);
+        self.believe_what_is_ours();
         self.events.push_back(Event::WindowClosed(dropped));
-    }
-
-    fn suspects(&self) -> bool {
-        self.view.members.iter().any(|member| member.liveness == Liveness::Suspect)
-    }
-
-    /// What neither the table in force nor the pending one gives us, but one before them, nobody tells us of any more.
-    fn mark_former(&self, planned_before: Option<&TableRanking>) {
-        let local = Some(self.settings.local);
-        let (current, pending) = (self.planner.current(), self.planner.pending());
-        let past: Vec<_> = self.planner.previous().collect();
-        let gives = |table: &TableRanking, row| table.holders(row).contains(&local);
-        let lost = |row: &u32| {
-            !gives(&current, *row)
-                && !pending.as_ref().is_some_and(|table| gives(table, *row))
-                && past.iter().map(|table| &**table).chain(planned_before).any(|table| gives(table, *row))
-        };
-        let rows = RowSet::from_rows((0..current.row_count()).filter(lost));
-        self.set_former(&rows, true);
-    }
-
-    /// Sets or clears the mark of former entries in these rows.
-    fn set_former(&self, rows: &RowSet, former: bool) {
-        let mut keys = Vec::new();
-        self.forwarder.visit(rows, &mut |record| {
-            if record.flags.has(FlowFlags::FORMER) != former {
-                keys.push(record.key);
-            }
-        });
-        self.forwarder.set_former(&keys, former);
-    }
-
-    /// A member that no table gives a row is told nothing of its flows any more: what it still has of them goes when its transfers
-    /// are done, lest it be used when a client uses a tuple again.
-    fn sweep_if_due(&mut self, now: Instant) {
-        if self.sweep_at.is_some_and(|at| at <= now) && !self.transferring && !self.suspects() {
-            self.sweep_at = None;
-            self.drop_former(now);
-        }
-    }
-
-    /// Drops the entries that no table gives us, neither the current one, nor the pending one, nor one before; says how many.
-    fn drop_former(&mut self, now: Instant) -> usize {
-        if let Some(until) = self.strangers_until.filter(|until| *until > now) {
-            self.sweep_at = Some(until);
-            return 0;
-        }
-        let local = self.settings.local;
-        let tables: Vec<_> =
-            self.planner.previous().chain(self.planner.pending()).chain([self.planner.current()]).collect();
-        let mut births = HashMap::new();
-        self.forwarder.visit(&RowSet::All, &mut |record| {
-            births.insert(record.key, record.birth);
-        });
-        let mut former: Vec<FlowKey> = births.keys().copied().collect();
-        for table in &tables {
-            former = former_entries(local, &**table, former).collect();
-        }
-        for key in &former {
-            self.forwarder.remove(key, births[key], Duration::ZERO);
-        }
-        former.len()
     }
 
     /// Whether any table that counts gives us the flow.
@@ -826,13 +758,7 @@ impl Control {
         if !seen.is_empty() {
             self.forwarder.touch(&seen);
         }
-        let strangers: Vec<FlowKey> =
-            records.iter().map(|record| record.key).filter(|key| !self.is_ours(key)).collect();
-        if !strangers.is_empty() {
-            self.forwarder.set_former(&strangers, true);
-            self.strangers_until = Some(now + STRANGERS_STAY);
-            self.sweep_at.get_or_insert(now + STRANGERS_STAY);
-        }
+        self.mark_strangers(now, records);
         results.extend(answers.into_iter().map(|answer| match answer {
             Upserted::Applied => ApplyResult::Applied,
             Upserted::Stale => ApplyResult::Stale,

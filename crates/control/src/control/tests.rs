@@ -16,6 +16,7 @@ use phalanx_forwarder::engine::{Clock, TableLimits};
 use phalanx_forwarder::memory::MemoryForwarder;
 use phalanx_membership::{Metadata, Wish};
 
+use super::former::STRANGERS_STAY;
 use super::*;
 use crate::planner::Fixed;
 

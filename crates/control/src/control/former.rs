@@ -1,0 +1,100 @@
+//! What a member has of flows that its table does not give it: kept for a while, asked for, not believed, and dropped
+//! (docs/design/0011-former-holders.md).
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use phalanx_flow::member::Liveness;
+use phalanx_flow::{FlowFlags, FlowKey, Record};
+use phalanx_forwarder::RowSet;
+use phalanx_rebalancer::{Ranking as _, former_entries};
+
+use super::Control;
+use crate::planner::TableRanking;
+
+/// Entries that no table we know gives us may be ours by one that we have not heard of yet: whoever sent them has. A member that comes
+/// back takes some seconds to hear of its own return.
+pub(super) const STRANGERS_STAY: Duration = Duration::from_secs(10);
+
+impl Control {
+    /// Whether somebody may be lost with what it holds.
+    pub(super) fn suspects(&self) -> bool {
+        self.view.members.iter().any(|member| member.liveness == Liveness::Suspect)
+    }
+
+    /// What neither the table in force nor the pending one gives us, but one before them, nobody tells us of any more.
+    pub(super) fn mark_former(&self, planned_before: Option<&TableRanking>) {
+        let local = Some(self.settings.local);
+        let (current, pending) = (self.planner.current(), self.planner.pending());
+        let past: Vec<_> = self.planner.previous().collect();
+        let gives = |table: &TableRanking, row| table.holders(row).contains(&local);
+        let lost = |row: &u32| {
+            !gives(&current, *row)
+                && !pending.as_ref().is_some_and(|table| gives(table, *row))
+                && past.iter().map(|table| &**table).chain(planned_before).any(|table| gives(table, *row))
+        };
+        let rows = RowSet::from_rows((0..current.row_count()).filter(lost));
+        self.set_former(&rows, true);
+    }
+
+    /// Sets or clears the mark of former entries in these rows.
+    fn set_former(&self, rows: &RowSet, former: bool) {
+        let mut keys = Vec::new();
+        self.forwarder.visit(rows, &mut |record| {
+            if record.flags.has(FlowFlags::FORMER) != former {
+                keys.push(record.key);
+            }
+        });
+        self.forwarder.set_former(&keys, former);
+    }
+
+    /// The window closes: whatever of ours is older than what other holders have was replaced meanwhile.
+    pub(super) fn believe_what_is_ours(&self) {
+        let (local, current) = (Some(self.settings.local), self.planner.current());
+        let ours = (0..current.row_count()).filter(|row| current.holders(*row).contains(&local));
+        self.set_former(&RowSet::from_rows(ours), false);
+    }
+
+    /// Records have come: those that no table gives us stay for a while, but are not believed.
+    pub(super) fn mark_strangers(&mut self, now: Instant, records: &[Record]) {
+        let strangers: Vec<FlowKey> =
+            records.iter().map(|record| record.key).filter(|key| !self.is_ours(key)).collect();
+        if !strangers.is_empty() {
+            self.forwarder.set_former(&strangers, true);
+            self.strangers_until = Some(now + STRANGERS_STAY);
+            self.sweep_at.get_or_insert(now + STRANGERS_STAY);
+        }
+    }
+
+    /// A member that no table gives a row is told nothing of its flows any more: what it still has of them goes when its transfers
+    /// are done, lest it be used when a client uses a tuple again.
+    pub(super) fn sweep_if_due(&mut self, now: Instant) {
+        if self.sweep_at.is_some_and(|at| at <= now) && !self.transferring && !self.suspects() {
+            self.sweep_at = None;
+            self.drop_former(now);
+        }
+    }
+
+    /// Drops the entries that no table gives us, neither the current one, nor the pending one, nor one before; says how many.
+    pub(super) fn drop_former(&mut self, now: Instant) -> usize {
+        if let Some(until) = self.strangers_until.filter(|until| *until > now) {
+            self.sweep_at = Some(until);
+            return 0;
+        }
+        let local = self.settings.local;
+        let tables: Vec<_> =
+            self.planner.previous().chain(self.planner.pending()).chain([self.planner.current()]).collect();
+        let mut births = HashMap::new();
+        self.forwarder.visit(&RowSet::All, &mut |record| {
+            births.insert(record.key, record.birth);
+        });
+        let mut former: Vec<FlowKey> = births.keys().copied().collect();
+        for table in &tables {
+            former = former_entries(local, &**table, former).collect();
+        }
+        for key in &former {
+            self.forwarder.remove(key, births[key], Duration::ZERO);
+        }
+        former.len()
+    }
+}

@@ -49,6 +49,7 @@ pub use error::StartError;
 use events::Events;
 use macs::OwnMacs;
 use maps::{Flows, Kind, Maps, now_ms};
+pub use occupant::program_id as attached_program;
 pub use pass::attach_pass;
 pub use pins::{detach, usual_directory};
 use run::run;

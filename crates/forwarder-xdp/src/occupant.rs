@@ -39,11 +39,13 @@ fn name(id: u32) -> Option<String> {
     program.name_as_str().filter(|name| !name.is_empty()).map(str::to_owned)
 }
 
-/// Asks rtnetlink.
-fn program_id(index: u32) -> io::Result<Option<u32>> {
+/// The kernel's number of the XDP program that is attached to an interface of the calling thread's namespace, whoever attached it;
+/// `None`: there is none.
+pub fn program_id(index: u32) -> io::Result<Option<u32>> {
     let socket =
         Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, Some(Protocol::from(libc::NETLINK_ROUTE)))?;
     socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    // Asks rtnetlink.
     let mut request = Vec::with_capacity(HEADER + LINK);
     request.extend_from_slice(&((HEADER + LINK) as u32).to_ne_bytes());
     request.extend_from_slice(&libc::RTM_GETLINK.to_ne_bytes());

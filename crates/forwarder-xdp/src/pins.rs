@@ -214,6 +214,8 @@ pub(crate) fn attach(config: &Config, loaded: Loaded) -> Result<Attached, StartE
         Some(Ok(entry)) => entry,
         _ => return Err(StartError::system("find the program", io::Error::from(io::ErrorKind::NotFound))),
     };
+    // First of all whether each of them can be had: a start that one of them refuses leaves the others to the program before.
+    let mut free = Vec::new();
     for name in &config.interfaces {
         let c_name = CString::new(name.as_str()).map_err(|_| StartError::NoInterface(name.clone()))?;
         // SAFETY: a string that ends with a zero.
@@ -222,6 +224,14 @@ pub(crate) fn attach(config: &Config, loaded: Loaded) -> Result<Attached, StartE
             return Err(StartError::NoInterface(name.clone()));
         }
         let pin = config.pins.as_ref().map(|pins| link_pin(pins, name));
+        if pin.as_deref().is_none_or(|pin| !pin.exists())
+            && let Some(other) = occupant::of(index)
+        {
+            return Err(StartError::Occupied { name: name.clone(), other });
+        }
+        free.push((name, index, pin));
+    }
+    for (name, index, pin) in free {
         if let Some(pin) = &pin
             && pin.exists()
         {
@@ -231,9 +241,9 @@ pub(crate) fn attach(config: &Config, loaded: Loaded) -> Result<Attached, StartE
             }
             // Of an interface that is gone.
             std::fs::remove_file(pin).map_err(|source| StartError::Pin { path: pin.clone(), source })?;
-        }
-        if let Some(other) = occupant::of(index) {
-            return Err(StartError::Occupied { name: name.clone(), other });
+            if let Some(other) = occupant::of(index) {
+                return Err(StartError::Occupied { name: name.clone(), other });
+            }
         }
         let link = attach_one(entry, name, index)?;
         if let Some(pin) = pin {

@@ -1,5 +1,7 @@
 //! What the kernel's program leaves to user space and what user space finds out about it, with the program in the kernel. Needs root.
 
+mod interfaces;
+
 use std::collections::{HashMap, HashSet};
 use std::io::Read as _;
 use std::net::{IpAddr, Ipv4Addr};
@@ -17,7 +19,7 @@ use phalanx_forwarder::conformance::frames::{OUR_MAC, frame};
 use phalanx_forwarder::conformance::world::{OUR_ADDRESS, World, backends, ip};
 use phalanx_forwarder::engine::TableLimits;
 use phalanx_forwarder::{Drop as Reason, Forwarder, RowSet, Upserted};
-use phalanx_forwarder_xdp::{Config, XdpForwarder};
+use phalanx_forwarder_xdp::{Config, StartError, XdpForwarder};
 use phalanx_integration::open_directory;
 use phalanx_netlink::{Mac, Veth};
 use socket2::{Domain, Socket, Type};
@@ -62,19 +64,25 @@ fn start_pinned(limits: TableLimits, pins: Option<PathBuf>) -> Site {
 }
 
 fn forwarder(netns: &Netns, limits: TableLimits, pins: Option<PathBuf>) -> XdpForwarder {
+    try_forwarder(netns, &["eth0"], limits, pins).expect("the forwarder starts")
+}
+
+fn try_forwarder(
+    netns: &Netns,
+    interfaces: &[&str],
+    limits: TableLimits,
+    pins: Option<PathBuf>,
+) -> Result<XdpForwarder, StartError> {
     let config = Config {
-        interfaces: vec!["eth0".to_owned()],
+        interfaces: interfaces.iter().map(|name| (*name).to_owned()).collect(),
         limits,
         data_address: ip(OUR_ADDRESS),
         pins,
         object: None,
     };
-    let forwarder = netns
-        .enter(|| XdpForwarder::start(&config, World::default().plan()))
-        .expect("enter")
-        .expect("the forwarder starts");
+    let forwarder = netns.enter(|| XdpForwarder::start(&config, World::default().plan())).expect("enter")?;
     forwarder.renew_lease(Duration::from_secs(60));
-    forwarder
+    Ok(forwarder)
 }
 
 /// Everything that comes out of an interface.

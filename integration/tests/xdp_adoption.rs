@@ -141,10 +141,10 @@ fn an_upgrade_to_another_object_replaces_the_program_under_load_and_breaks_nothi
     assert!(log.contains(ADOPTED) && log.contains("in the place of the one before"), "{log}");
 }
 
-/// Runs `phalanx detach` for member 1, where that member runs.
-fn detach(lab: &Lab, keep: &Path) -> Output {
+/// Runs `phalanx detach` where member 1 runs, for its configuration or its directory of pins.
+fn detach(lab: &Lab, option: &str, path: &Path) -> Output {
     let mut command = Command::new(program());
-    command.args(["detach", "--config"]).arg(keep.join("member1.toml"));
+    command.args(["detach", option]).arg(path);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = lab.world().members[0].netns.spawn(&mut command).expect("spawn");
     child.wait_with_output().expect("wait")
@@ -165,7 +165,8 @@ fn detach_is_refused_while_the_daemon_lives_and_leaves_nothing_of_a_dead_one() {
     let is_pinned = |name: &str| pins.join(name).exists();
     assert!(is_pinned("link-eth0") && is_pinned("stages"), "{pins:?}");
 
-    let refused = detach(&lab, keep.path());
+    let configuration = keep.path().join("member1.toml");
+    let refused = detach(&lab, "--config", &configuration);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(2), "{said}");
     assert!(said.contains("its daemon runs") && said.lines().count() == 1, "{said}");
@@ -173,11 +174,11 @@ fn detach_is_refused_while_the_daemon_lives_and_leaves_nothing_of_a_dead_one() {
 
     lab.carry_out(Action::Kill(1)).expect("kill");
     assert!(is_pinned("link-eth0"), "a dead daemon leaves its programs");
-    let done = detach(&lab, keep.path());
+    let done = detach(&lab, "--pin-dir", &pins);
     assert_eq!(done.status.code(), Some(0), "{done:?}");
     assert!(String::from_utf8_lossy(&done.stdout).contains("detached"));
     assert!(!pins.exists());
-    let again = detach(&lab, keep.path());
+    let again = detach(&lab, "--config", &configuration);
     assert!(String::from_utf8_lossy(&again.stdout).contains("nothing to detach"), "{again:?}");
 
     // The interface is free: another program can be attached, which the kernel refuses while one is.

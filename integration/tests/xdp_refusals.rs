@@ -44,13 +44,17 @@ fn index(netns: &Netns, name: &str) -> u32 {
 
 /// Starts the daemon in the namespace, without some of root's capabilities.
 fn start(netns: &Netns, text: &str, without: &'static [i32]) -> Output {
+    start_with(netns, text, without, &[])
+}
+
+fn start_with(netns: &Netns, text: &str, without: &'static [i32], arguments: &[&str]) -> Output {
     let directory = open_directory();
     let file = directory.path().join("phalanx.toml");
     std::fs::write(&file, text).expect("write");
     phalanx::keys::generate(&directory.path().join("cluster.key")).expect("a key");
     let mut command = Command::new("timeout");
     // Loading the programs takes a second, or some on a busy machine.
-    command.arg("10s").arg(program()).args(["run", "--config"]).arg(&file);
+    command.arg("10s").arg(program()).args(["run", "--config"]).arg(&file).args(arguments);
     command.env("NO_COLOR", "1").stdout(Stdio::piped()).stderr(Stdio::piped());
     // SAFETY: system calls only.
     unsafe {
@@ -130,6 +134,9 @@ fn an_object_that_is_none_is_named() {
     let text = configuration("[\"eth0\"]", "pin_dir = \"\"\nbpf_object = \"/etc/hostname\"");
     let sentence = refusal(&start(&host(1500), &text, &[]));
     says(&sentence, &["XDP object", "/etc/hostname"]);
+    // What the command line says counts before what the file says.
+    let sentence = refusal(&start_with(&host(1500), &text, &[], &["--bpf-object", "/etc/os-release"]));
+    says(&sentence, &["XDP object", "/etc/os-release"]);
 }
 
 #[test]

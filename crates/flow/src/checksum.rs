@@ -135,7 +135,11 @@ pub const fn ipv4_header(words: [u32; 5]) -> [u8; 2] {
         .wrapping_add(c as u64)
         .wrapping_add(d as u64)
         .wrapping_add(e as u64);
-    finish(sum).to_ne_bytes()
+    // [`fold`] of so few words: at most 4 is carried over 32 bits, and then no carry can make another.
+    let sum = (sum & 0xffff_ffff).wrapping_add(sum >> 32);
+    let sum = (sum & 0xffff).wrapping_add(sum >> 16);
+    let sum = (sum & 0xffff).wrapping_add(sum >> 16);
+    (!(sum as u16)).to_ne_bytes()
 }
 
 /// `checksum` after a 16-bit word it covers changed from `old` to `new` (RFC 1624 §3, equation 3).
@@ -177,4 +181,27 @@ pub const fn pseudo_header(
     sum.wrapping_add(protocol as u64)
         .wrapping_add((length >> 16) as u64)
         .wrapping_add((length & 0xffff) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_checksum_of_an_ipv4_header_is_that_of_its_bytes_whatever_carries_there_are() {
+        // Words that carry most and least, and those around each carry.
+        let words = [0, 1, 0xffff, 0x1_0000, 0x7fff_ffff, 0xfffe_ffff, 0xffff_0000, 0xffff_fffe, u32::MAX];
+        for a in words {
+            for b in words {
+                for c in words {
+                    for d in words {
+                        let header = [a, b, c, d, u32::MAX ^ c];
+                        let bytes = header.map(u32::to_ne_bytes).concat();
+                        let expected = finish(of_slice(&bytes)).to_be_bytes();
+                        assert_eq!(ipv4_header(header), expected, "{header:x?}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -192,7 +192,13 @@ pub fn encapsulate<F: Frame>(
 /// Whether [`encapsulate`] will neither say that the packet is too big nor that its time is over.
 #[inline(always)]
 pub const fn is_forwardable(packet: &Packet, method: Method, family: u8, mtu: u16) -> bool {
-    packet.l3_length <= mtu.saturating_sub(overhead(method, family)) && packet.ttl > 1
+    fits(packet, overhead(method, family), mtu) && packet.ttl > 1
+}
+
+/// Whether the packet is no larger than `mtu` with `added` bytes in front.
+#[inline(always)]
+const fn fits(packet: &Packet, added: u16, mtu: u16) -> bool {
+    (packet.l3_length as u32).wrapping_add(added as u32) <= mtu as u32
 }
 
 /// Sends the packet on to a backend on the same segment: it loses one TTL and gets new MAC addresses.
@@ -276,9 +282,8 @@ fn wrap<F: Frame>(
         Layer::Udp => (ip.wrapping_add(UDP_LENGTH), UDP),
         Layer::HandOff(_) => (ip.wrapping_add(UDP_LENGTH).wrapping_add(GENEVE_LENGTH), UDP),
     };
-    let inner_mtu = mtu.saturating_sub(added as u16);
-    if packet.l3_length > inner_mtu {
-        return Err(EncapError::TooBig { mtu: inner_mtu });
+    if !fits(packet, added as u16, mtu) {
+        return Err(EncapError::TooBig { mtu: mtu.saturating_sub(added as u16) });
     }
     let forwarded = !matches!(layer, Layer::HandOff(_));
     if forwarded && packet.ttl <= 1 {

@@ -1,6 +1,6 @@
 //! What can be said of the committed object without privileges.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use phalanx_forwarder_xdp::abi::{APPLY, ENTRY, STAGES};
 use phalanx_forwarder_xdp::object::{OBJECT, OBJECT_SOURCES, bench_source_digest, source_digest};
@@ -24,6 +24,58 @@ fn the_objects_were_built_from_these_sources() {
     assert_eq!(bench_source_digest(root()).unwrap(), BENCH_SOURCES, "cargo xtask ebpf build");
 }
 
+/// A copy of what the digests are of, for one test.
+fn copied(name: &str) -> PathBuf {
+    fn copy(from: &Path, to: &Path) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let (path, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+            if path.is_dir() {
+                copy(&path, &to);
+            } else {
+                std::fs::copy(&path, &to).unwrap();
+            }
+        }
+    }
+    let to = std::env::temp_dir().join(format!("phalanx-{name}-{}", std::process::id()));
+    for part in [
+        "crates/flow/src",
+        "crates/forwarder-xdp/src",
+        "crates/forwarder-xdp/ebpf",
+        "crates/forwarder-xdp/bench",
+    ] {
+        copy(&root().join(part), &to.join(part));
+    }
+    to
+}
+
+#[test]
+fn a_change_of_any_source_of_the_object_is_seen_and_one_of_a_test_is_not() {
+    let copy = copied("sources");
+    assert_eq!(source_digest(&copy).unwrap(), OBJECT_SOURCES);
+    let append = |file: &str| {
+        let path = copy.join(file);
+        let before = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{before}\n")).unwrap();
+        let digest = source_digest(&copy).unwrap();
+        std::fs::write(&path, before).unwrap();
+        digest
+    };
+    for file in [
+        "flow/src/decide.rs",
+        "flow/src/packet/parse.rs",
+        "forwarder-xdp/src/abi.rs",
+        "forwarder-xdp/ebpf/src/stages/enter.rs",
+        "forwarder-xdp/ebpf/Cargo.lock",
+    ] {
+        assert_ne!(append(&format!("crates/{file}")), OBJECT_SOURCES, "{file}");
+    }
+    for file in ["flow/src/decide/tests.rs", "forwarder-xdp/src/lib.rs"] {
+        assert_eq!(append(&format!("crates/{file}")), OBJECT_SOURCES, "{file}");
+    }
+    std::fs::remove_dir_all(copy).unwrap();
+}
+
 #[test]
 fn the_object_has_the_programs_and_maps_that_the_loader_looks_for() {
     for program in STAGES.into_iter().chain([ENTRY, APPLY]) {
@@ -33,10 +85,20 @@ fn the_object_has_the_programs_and_maps_that_the_loader_looks_for() {
         "ACTIVE",
         "LEASE",
         "HEADERS",
+        "MEMBERS",
+        "MEMBER_SLOTS",
+        "BACKENDS",
+        "SERVICES",
+        "FRONT_SERVICES",
+        "FAILED",
+        "ROW_TABLE",
+        "SLOT_TABLE",
         "FLOWS4",
         "FLOWS6",
         "HALF_OPEN",
         "CACHE",
+        "FRAGMENTS",
+        "COUNTERS",
         "EVENTS",
         "PUNTS",
         "STAGES",

@@ -49,3 +49,12 @@ fn without_root_and_without_replication_the_lab_says_what_broke_by_its_exit_stat
     assert!(report["broken"].as_u64().expect("a number") > 0);
     assert_eq!(output.status.code(), Some(1));
 }
+
+#[test]
+fn without_root_the_lab_says_in_one_sentence_that_xdp_needs_it() {
+    let output = lab(&["--forwarder", "xdp"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(said.trim().lines().count(), 1, "{said}");
+    assert!(said.contains("XDP") && said.contains("as root"), "{said}");
+    assert_ne!(output.status.code(), Some(0));
+}

@@ -1,6 +1,7 @@
 //! What the kernel's program leaves to user space and what user space finds out about it, with the program in the kernel. Needs root.
 
 mod interfaces;
+mod packets;
 
 use std::collections::{HashMap, HashSet};
 use std::io::Read as _;

@@ -145,6 +145,13 @@ unsafe fn store<const N: usize>(place: *mut [u8; N], bytes: [u8; N]) {
     if N >= 24 {
         word!(u64, "*(u64 *)({0} + {1}) = {2}", 16);
     }
+    if N == 34 {
+        // Headers of Ethernet and IPv4: cut so that each address is a word, and none is taken apart.
+        word!(u16, "*(u16 *)({0} + {1}) = {2}", 24);
+        word!(u32, "*(u32 *)({0} + {1}) = {2}", 26);
+        word!(u32, "*(u32 *)({0} + {1}) = {2}", 30);
+        return;
+    }
     if N >= 32 {
         word!(u64, "*(u64 *)({0} + {1}) = {2}", 24);
     }

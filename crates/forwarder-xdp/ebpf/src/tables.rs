@@ -78,7 +78,7 @@ pub(crate) fn in_words(key: &FlowKey) -> [u64; 5] {
 
 /// The same number, which the compiler does not know to be the same.
 #[inline(always)]
-fn opaque(word: u64) -> u64 {
+pub(crate) fn opaque(word: u64) -> u64 {
     let mut word = word;
     // SAFETY: no instruction.
     unsafe { asm!("/* {0} */", inout(reg) word, options(pure, nomem, nostack, preserves_flags)) };

@@ -121,16 +121,17 @@ const CASES: &[Case] = &[
 ];
 
 fn main() -> Result<()> {
-    let (mut rounds, mut json, mut object) = (ROUNDS, false, None);
+    let (mut rounds, mut json, mut object, mut cases) = (ROUNDS, false, None, CASES.to_vec());
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--json" => json = true,
+            "--only" => cases = only(&arguments.next().ok_or("--only needs the name of a case")?),
             "--object" => object = Some(arguments.next().ok_or("--object needs a path")?.into()),
             number => {
-                rounds = number
-                    .parse()
-                    .map_err(|_| format!("a number of rounds, --json or --object PATH, not {number}"))?
+                rounds = number.parse().map_err(|_| {
+                    format!("a number of rounds, --json, --only NAME or --object PATH, not {number}")
+                })?
             }
         }
     }
@@ -142,13 +143,13 @@ fn main() -> Result<()> {
         );
     }
     let mut site = Site::build(object)?;
-    let mut report = Report::new(CASES);
+    let mut report = Report::new(cases.clone());
     for round in 0..rounds {
-        let mut measured = vec![Measured::default(); CASES.len()];
-        for turn in 0..CASES.len() {
+        let mut measured = vec![Measured::default(); cases.len()];
+        for turn in 0..cases.len() {
             // Who comes first changes, so that none gains from what the one before left in the caches.
-            let place = (turn + round * 7) % CASES.len();
-            measured[place] = measure_again(&mut site, &CASES[place])?;
+            let place = (turn + round * 7) % cases.len();
+            measured[place] = measure_again(&mut site, &cases[place])?;
         }
         report.add(&measured);
     }
@@ -158,6 +159,17 @@ fn main() -> Result<()> {
         report.print()
     }
     Ok(())
+}
+
+/// The test runs of this name and what they are compared with: so that two objects can be compared in short runs by turns.
+fn only(name: &str) -> Vec<Case> {
+    let of_name = || CASES.iter().filter(|case| case.name == name && !case.live);
+    let needed = |case: &Case| {
+        case.name.starts_with("harness alone")
+            || case.name == name
+            || of_name().any(|named| matches!(named.reference, Some((other, ..)) if other == case.name))
+    };
+    CASES.iter().copied().filter(|case| !case.live && needed(case)).collect()
 }
 
 /// What one case took in one round, in nanoseconds a packet.

@@ -4,7 +4,7 @@ use crate::{Case, Measured, Result};
 
 /// All rounds.
 pub(crate) struct Report {
-    cases: &'static [Case],
+    cases: Vec<Case>,
     rounds: Vec<Vec<f64>>,
     /// The same of whole calls.
     calls: Vec<Vec<f64>>,
@@ -36,7 +36,7 @@ impl Spread {
 }
 
 impl Report {
-    pub(crate) fn new(cases: &'static [Case]) -> Self {
+    pub(crate) fn new(cases: Vec<Case>) -> Self {
         Self { cases, rounds: Vec::new(), calls: Vec::new() }
     }
 

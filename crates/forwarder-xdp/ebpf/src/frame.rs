@@ -1,6 +1,7 @@
 //! Bytes of the packet, as the verifier wants them read.
 
 use core::arch::asm;
+use core::intrinsics::is_val_statically_known;
 
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
 use aya_ebpf::programs::XdpContext;
@@ -45,6 +46,11 @@ impl XdpFrame<'_> {
             return None;
         }
         let mut place = offset;
+        if is_val_statically_known(offset) {
+            // The verifier follows a constant wherever it is added.
+            place = place.wrapping_add(self.data());
+            return if place.wrapping_add(N) > self.end() { None } else { Some(place as *mut [u8; N]) };
+        }
         // SAFETY: plain arithmetic. In assembly, so that the compiler can neither drop the mask, which only the verifier
         // needs, nor compute the address a second time, which the verifier would not know to be the one that was compared.
         unsafe {

@@ -10,7 +10,8 @@
 //! stands in [`Work`], one for each CPU: XDP runs to its end on the CPU where it began.
 #![no_std]
 #![no_main]
-#![feature(asm_experimental_arch)]
+#![feature(asm_experimental_arch, core_intrinsics)]
+#![expect(internal_features, reason = "offsets that are constants need no mask: see `frame.rs`")]
 
 #[path = "../../src/abi.rs"]
 mod abi;

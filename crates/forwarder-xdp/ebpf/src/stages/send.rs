@@ -65,11 +65,8 @@ pub fn phalanx_hand_off(ctx: XdpContext) -> u32 {
     sent(&ctx, counters, work, &hop, wrapped)
 }
 
-/// `BPF_FIB_LKUP_RET_SUCCESS` and `BPF_FIB_LKUP_RET_FWD_DISABLED`.
+/// `BPF_FIB_LKUP_RET_SUCCESS`.
 const FIB_SUCCESS: i64 = 0;
-const FIB_FORWARDING_DISABLED: i64 = 5;
-/// `BPF_FIB_LOOKUP_OUTPUT`.
-const FIB_OUTPUT: u32 = 2;
 
 /// Asks the kernel's routes for a next hop that the plan does not know; whether they do. Costs more than all the rest of a packet.
 #[inline(always)]
@@ -106,13 +103,10 @@ fn look_up(
         asked.destination = *destination;
     }
     let size = size_of::<FibLookup>() as i32;
+    // On a host that forwards nothing by itself the kernel never answers, whatever the flags (`bpf_ipv4_fib_lookup` in
+    // net/core/filter.c, Linux 6.18): then user space resolves the next hop.
     // SAFETY: the context is the kernel's, and the structure lives through the call.
-    let mut answer = unsafe { bpf_fib_lookup(ctx.ctx.cast(), (&raw mut asked).cast(), size, 0) };
-    if answer == FIB_FORWARDING_DISABLED {
-        // A host that forwards nothing by itself: asked as the sender that it is.
-        // SAFETY: as above.
-        answer = unsafe { bpf_fib_lookup(ctx.ctx.cast(), (&raw mut asked).cast(), size, FIB_OUTPUT) };
-    }
+    let answer = unsafe { bpf_fib_lookup(ctx.ctx.cast(), (&raw mut asked).cast(), size, 0) };
     if answer != FIB_SUCCESS {
         return false;
     }

@@ -39,6 +39,9 @@ struct Cli {
     /// Connections of both families, ICMP errors about them, and in half of the seeds a member whose list of backends is not the others'.
     #[arg(long)]
     mixed: bool,
+    /// Run each seed twice, and say which take another course the second time.
+    #[arg(long)]
+    twice: bool,
     /// Switch replication off.
     #[arg(long)]
     twin: bool,
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         story: cli.trace.is_some(),
         watched: cli.flow,
         until: cli.until,
+        twice: cli.twice,
     };
     if let Some(seed) = cli.trace {
         return trace(seed, options);

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use crate::checks::Violation;
 use crate::faults::Fault;
 use crate::schedule::{Schedule, generate};
 use crate::settings::Settings;
@@ -30,6 +31,8 @@ pub struct Options {
     pub watched: Option<usize>,
     /// Run only the changes before this time, in seconds.
     pub until: Option<f64>,
+    /// Run each seed twice: nothing but the seed may decide what happens.
+    pub twice: bool,
 }
 
 impl Options {
@@ -82,7 +85,12 @@ pub fn run_many(from: u64, count: u64, threads: usize, options: Options, each: i
                     if seed >= from + count {
                         return;
                     }
-                    let report = run(seed, options);
+                    let mut report = run(seed, options);
+                    if options.twice && run(seed, options).trace != report.trace {
+                        let what = "another run of this seed went another way".to_owned();
+                        let at = report.virtual_time;
+                        report.violations.push(Violation { checker: "repeats", at, what });
+                    }
                     (each.lock().unwrap_or_else(PoisonError::into_inner))(report);
                 }
             });

@@ -1,13 +1,12 @@
 //! What a member has of flows that its table does not give it: kept for a while, asked for, not believed, and dropped
 //! (docs/design/0011-former-holders.md).
 
-use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use phalanx_flow::member::Liveness;
 use phalanx_flow::{FlowFlags, FlowKey, Record};
 use phalanx_forwarder::RowSet;
-use phalanx_rebalancer::{Ranking as _, former_entries};
+use phalanx_rebalancer::Ranking as _;
 
 use super::Control;
 use crate::planner::TableRanking;
@@ -81,19 +80,14 @@ impl Control {
             self.sweep_at = Some(until);
             return 0;
         }
-        let local = self.settings.local;
-        let tables: Vec<_> =
-            self.planner.previous().chain(self.planner.pending()).chain([self.planner.current()]).collect();
-        let mut births = HashMap::new();
+        let mut former = Vec::new();
         self.forwarder.visit(&RowSet::All, &mut |record| {
-            births.insert(record.key, record.birth);
+            if !self.is_ours(&record.key) {
+                former.push((record.key, record.birth));
+            }
         });
-        let mut former: Vec<FlowKey> = births.keys().copied().collect();
-        for table in &tables {
-            former = former_entries(local, &**table, former).collect();
-        }
-        for key in &former {
-            self.forwarder.remove(key, births[key], Duration::ZERO);
+        for (key, birth) in &former {
+            self.forwarder.remove(key, *birth, Duration::ZERO);
         }
         former.len()
     }

@@ -9,7 +9,7 @@ use super::{Replicator, Unprotected};
 
 impl Replicator {
     /// Some of them, at most `limit`: those of which a backup that has not acknowledged them is connected and has acknowledged all it was
-    /// sent.
+    /// sent. In the order of their keys: in what order a full peer is told decides what it takes, and a run must be one that can be repeated.
     pub fn stalled(&self, limit: usize) -> Vec<FlowKey> {
         let is_quiet = |backup: MemberId| {
             self.peers.get(&backup).is_some_and(|peer| {
@@ -20,7 +20,10 @@ impl Replicator {
             })
         };
         let waits = |flow: &Unprotected| flow.missing.into_iter().flatten().any(is_quiet);
-        self.unprotected.iter().filter(|(_, flow)| waits(flow)).map(|(key, _)| *key).take(limit).collect()
+        let waiting = self.unprotected.iter().filter(|(_, flow)| waits(flow)).map(|(key, _)| *key);
+        let mut stalled: Vec<FlowKey> = waiting.take(limit).collect();
+        stalled.sort_unstable();
+        stalled
     }
 
     /// What the forwarder has of a [stalled](Self::stalled) flow: it is told again, or no longer counted if there is nothing.

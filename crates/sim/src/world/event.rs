@@ -178,6 +178,17 @@ pub(crate) enum Event {
 }
 
 impl Event {
+    /// What it carries from one member to another.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Datagram { bytes, .. }
+            | Self::PushPull { bytes, .. }
+            | Self::PushPullBack { bytes, .. }
+            | Self::Bytes { bytes, .. } => bytes,
+            _ => &[],
+        }
+    }
+
     /// The member that must run for this to happen; what it is for waits while it stands still.
     pub(crate) fn node(&self) -> Option<usize> {
         match self {

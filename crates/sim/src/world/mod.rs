@@ -10,6 +10,7 @@ mod streams;
 pub mod traffic;
 
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::hash::{DefaultHasher, Hash as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,8 @@ pub struct World {
     tables: Arc<SharedTables>,
     queue: BinaryHeap<Timed>,
     sequence: u64,
+    /// Of all that happened so far, bytes among members included: equal runs have equal ones.
+    trace: DefaultHasher,
     network: StdRng,
     traffic: StdRng,
     /// What [`Settings::mixed`] adds.
@@ -152,6 +155,7 @@ impl World {
             tables: Arc::default(),
             queue: BinaryHeap::new(),
             sequence: 0,
+            trace: DefaultHasher::new(),
             network: stream(seed, 4),
             traffic: stream(seed, 5),
             extras: stream(seed, 21),
@@ -291,7 +295,8 @@ impl World {
     pub(super) fn run_for(&mut self, length: Duration) {
         let until = self.now + length;
         while self.queue.peek().is_some_and(|next| next.at <= until) {
-            let Some(Timed { at, event, .. }) = self.queue.pop() else { break };
+            let Some(Timed { at, sequence, event }) = self.queue.pop() else { break };
+            (at, sequence, event.bytes()).hash(&mut self.trace);
             // What was put off happens now, not then.
             self.now = self.now.max(at);
             self.happen(event);

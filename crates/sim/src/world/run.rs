@@ -1,6 +1,7 @@
 //! A run from its first moment to its last.
 
 use std::collections::BTreeMap;
+use std::hash::Hasher as _;
 use std::time::Duration;
 
 use phalanx_flow::MemberId;
@@ -56,6 +57,8 @@ pub struct Report {
     pub hand_offs: u64,
     /// ICMP errors that came to their connection's backend, and to another.
     pub errors: [u64; 2],
+    /// Names the whole course of the run: when everything happened, and every byte that members sent each other.
+    pub trace: u64,
     /// Virtual time that has passed.
     pub virtual_time: Duration,
     /// How long the run took.
@@ -103,6 +106,7 @@ impl World {
             self.round(&mut report);
         }
         report.virtual_time = self.now;
+        report.trace = self.trace.finish();
         report.violations = std::mem::take(&mut self.findings.violations);
         report.opened = self.opened;
         report.broken_by = self.broken_by;

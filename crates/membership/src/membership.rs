@@ -119,6 +119,8 @@ pub struct Membership {
     acquaintances: BTreeMap<MemberId, SocketAddr>,
     echo_losses: BTreeMap<MemberId, u8>,
     slow_answers: BTreeMap<MemberId, u8>,
+    /// When members that we hear were last told that they are suspected.
+    told_doubted: BTreeMap<MemberId, Instant>,
     warned_backends: BTreeMap<MemberId, (Digest, Digest)>,
     warned_shared: BTreeMap<MemberId, SharedField>,
 
@@ -224,6 +226,7 @@ impl Membership {
             acquaintances: BTreeMap::new(),
             echo_losses: BTreeMap::new(),
             slow_answers: BTreeMap::new(),
+            told_doubted: BTreeMap::new(),
             warned_backends: BTreeMap::new(),
             warned_shared: BTreeMap::new(),
             pings: VecDeque::new(),

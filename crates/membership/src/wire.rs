@@ -66,6 +66,8 @@ pub(crate) enum Control {
     State(Vec<Vec<u8>>),
     /// The receiver's datagrams look older than what was heard from it before.
     Stale { newest: u64 },
+    /// The receiver is suspected, and has been heard of since: in foca's words, so that it refutes that at once.
+    Doubted(foca::Member<Identity>),
 }
 
 /// Why a member cannot join.

@@ -241,6 +241,26 @@ fn who_was_isolated_comes_back_without_shaking_the_others() {
     }
 }
 
+/// The word of the suspicion is said no more when the network heals, so who hears the suspect must tell it.
+#[test]
+fn who_was_cut_off_for_less_than_the_confirmation_time_is_believed_at_once() {
+    for members in [2, 3, 5, 10] {
+        for seed in 0..10 {
+            let mut cluster = settled(members, seed);
+            cluster.set_group(0, 1);
+            cluster.run_for(Duration::from_millis(1_500));
+            assert!(said(&cluster, 1..members as usize, |event| {
+                matches!(event, Event::Liveness { id: MemberId(1), liveness: Liveness::Suspect })
+            }));
+            cluster.heal();
+            let took = settles(&mut cluster, 5 * SECOND);
+            assert!(took < SECOND, "{members} members, seed {seed}: {took:?}");
+            cluster.run_for(5 * SECOND);
+            assert!(!said(&cluster, 0..members as usize, down), "{members} members, seed {seed}");
+        }
+    }
+}
+
 #[test]
 fn a_cluster_cut_in_two_lives_on_and_heals() {
     for (left, members) in [(5, 10), (3, 10), (1, 2), (4, 5)] {

@@ -107,6 +107,7 @@ impl Membership {
                 if !self.drive(now, |swim, io| swim.handle_data(body, io)) {
                     self.counters.damaged += 1;
                 }
+                self.tell_if_doubted(now, sender);
             }
             KIND_CONTROL => match postcard::from_bytes(body) {
                 Ok(control) => self.control(now, sender, control),
@@ -114,6 +115,24 @@ impl Membership {
             },
             _ => self.counters.damaged += 1,
         }
+    }
+
+    /// Tells a member that we hear and suspect all the same. The word of the suspicion went round while it could not be reached, and is
+    /// said no more: without this it would be confirmed down though it answers every probe (Lifeguard's "buddy system").
+    fn tell_if_doubted(&mut self, now: Instant, sender: MemberId) {
+        if !self.view.get(sender).is_some_and(|member| member.suspected) {
+            return;
+        }
+        let pause = self.config.timing.gossip_interval;
+        if self.told_doubted.get(&sender).is_some_and(|at| now.saturating_duration_since(*at) < pause) {
+            return;
+        }
+        let doubted = |member: &&foca::Member<Identity>| {
+            member.id().id == sender && member.state() == State::Suspect
+        };
+        let Some(doubted) = self.swim.0.iter_membership_state().find(doubted).cloned() else { return };
+        self.told_doubted.insert(sender, now);
+        self.send_control(doubted.id().address, &Control::Doubted(doubted));
     }
 
     /// Whether a datagram comes from a second process with the id of a live member, or with ours.
@@ -140,6 +159,12 @@ impl Membership {
                 self.counters.damaged += u64::from(bad > 0);
             }
             Control::Stale { newest } => self.outlive(now, newest),
+            Control::Doubted(doubted) => {
+                // Nobody is told of others this way.
+                if *doubted.id() == self.identity() && doubted.state() == State::Suspect {
+                    self.drive(now, |swim, io| swim.apply_many(std::iter::once(doubted), false, io));
+                }
+            }
         }
     }
 

@@ -75,9 +75,13 @@ impl Membership {
             self.signature = swim::signature(&self.swim.0);
         }
         self.rebuild = false;
-        let members: Vec<MemberId> = self.swim.0.iter_members().map(|member| member.id().id).collect();
-        for id in members {
-            self.meet(id);
+        let members: Vec<Identity> = self.swim.0.iter_members().map(|member| *member.id()).collect();
+        for member in members {
+            // Echoes that an earlier start did not answer are no word on this one.
+            if self.view.get(member.id).is_some_and(|known| known.boot != member.boot) {
+                self.echo_losses.remove(&member.id);
+            }
+            self.meet(member.id);
         }
         let view = self.build();
         let old = std::mem::replace(&mut self.view, view);
@@ -188,6 +192,7 @@ impl Membership {
             self.met.remove(&id);
             self.echo_losses.remove(&id);
             self.slow_answers.remove(&id);
+            self.told_doubted.remove(&id);
             self.warned_backends.remove(&id);
             self.warned_shared.remove(&id);
         }

@@ -129,6 +129,8 @@ pub struct Control {
     left: bool,
     /// Until the first view: we go on with tables of an earlier process, which belong to this boot.
     resumed: Option<u64>,
+    /// What the forwarder saw while it had no daemon is still to be told.
+    to_tell_seen: bool,
     events_lost: u64,
     traffic: Traffic,
     counters_at: Option<Instant>,
@@ -165,6 +167,7 @@ impl Control {
             ready_to_leave_at: None,
             left: false,
             resumed: None,
+            to_tell_seen: false,
             events_lost: 0,
             traffic: Traffic::default(),
             counters_at: None,
@@ -273,7 +276,9 @@ impl Control {
         if resumed.is_some() {
             // The earlier process may have died before it told anybody.
             self.find_missed(now);
+            self.to_tell_seen = true;
         }
+        self.tell_seen_if_due(now);
         (self.change, _) = self.change.after(now, Happening::Pending(view.pending));
         self.pump(now);
         self.report_if_due(now);
@@ -588,7 +593,8 @@ impl Control {
         let local = self.view.get(self.settings.local);
         if local.is_some_and(|local| local.state == MemberState::Leaving) {
             let since = *self.unranked_since.get_or_insert(now);
-            let handed_over = !self.transferring && self.everybody_switched();
+            // What nobody was to send, because other holders were to be there that are lost since, goes now or with us.
+            let handed_over = !self.transferring && self.everybody_switched() && self.took_leave(now);
             if (handed_over || now.duration_since(since) >= LEAVE_AT_MOST) && self.ready_to_leave_at.is_none()
             {
                 self.ready_to_leave_at = Some(now + LEAVE_GRACE);
@@ -642,6 +648,33 @@ impl Control {
         for record in missed {
             let kind = if record.birth == 0 { FlowEventKind::New } else { FlowEventKind::Changed };
             self.replicator.handle_event(now, FlowEvent { kind, at_once: false, record });
+        }
+    }
+
+    /// The forwarder has seen packets while it had no daemon, and nobody was told: tells the owners, once there are any. Whose row has never
+    /// changed hands hears of it in no other way, and would take its flow for idle.
+    fn tell_seen_if_due(&mut self, now: Instant) {
+        let local = self.settings.local;
+        let is_back = self.view.get(local).is_some_and(MemberView::is_in_force);
+        let others = self.view.members.iter().any(|member| member.is_in_force() && member.id != local);
+        if !self.to_tell_seen || !is_back || !others {
+            return;
+        }
+        self.to_tell_seen = false;
+        let mut seen = Vec::new();
+        self.forwarder.visit(&RowSet::All, &mut |record| {
+            if record.birth != 0 && matches!(record.state, FlowState::Established | FlowState::Closing) {
+                seen.push(*record);
+            }
+        });
+        if self.settings.cache {
+            let cached = self.forwarder.flush_cache();
+            self.forwarder.upsert_cache(&cached);
+            seen.extend(cached);
+        }
+        for record in seen {
+            let event = FlowEvent { kind: FlowEventKind::Touched, at_once: false, record };
+            self.replicator.handle_event(now, event);
         }
     }
 
@@ -748,6 +781,11 @@ impl Control {
                 .map(|(second, first)| if first == Upserted::UnknownBackend { second } else { first })
                 .collect();
         }
+        for (answer, record) in answers.iter().zip(records.iter()) {
+            if *answer == Upserted::Stale {
+                self.open_by(now, record);
+            }
+        }
         // Whoever has an older record may have seen a later packet.
         let seen: Vec<(FlowKey, u32)> = answers
             .iter()
@@ -766,6 +804,28 @@ impl Control {
             Upserted::UnknownBackend => ApplyResult::UnknownBackend,
         }));
         records.clear();
+    }
+
+    /// While we could not be reached another member has recovered a flow that we know from its SYN, and the client's answer came to it alone:
+    /// ours is open too, or would end as one that was never answered.
+    fn open_by(&mut self, now: Instant, theirs: &Record) {
+        if theirs.state == FlowState::HalfOpen || !theirs.flags.has(FlowFlags::RECOVERED) {
+            return;
+        }
+        let is_asked_for = |ours: &Record| {
+            ours.state == FlowState::HalfOpen && ours.birth != 0 && ours.backend == theirs.backend
+        };
+        let Some(ours) = self.forwarder.get(&theirs.key).filter(is_asked_for) else { return };
+        let record = Record {
+            state: theirs.state,
+            update: ours.update.wrapping_add(1),
+            idle_ms: ours.idle_ms.min(theirs.idle_ms),
+            ..ours
+        };
+        if self.forwarder.upsert(&[record]) == [Upserted::Applied] {
+            let event = FlowEvent { kind: FlowEventKind::Changed, at_once: true, record };
+            self.replicator.handle_event(now, event);
+        }
     }
 
     fn apply_one(&mut self, item: &Apply) -> ApplyResult {

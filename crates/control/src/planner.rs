@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_flow::member::Liveness;
+use phalanx_flow::row::RANKS;
 use phalanx_flow::score::Scoring;
 use phalanx_flow::slots::{BackendTable, RankedBackend};
 use phalanx_flow::table::{BackupSite, RankedMember, RankingError, RowTable};
@@ -182,6 +183,29 @@ struct Past {
     rows: Arc<[Row]>,
     /// When it was left, everybody had switched to it and we had sent all it moved.
     was_settled: bool,
+    /// Whom it ranked, in which lives, as far as those have not ended.
+    boots: BTreeMap<MemberId, u64>,
+}
+
+impl Past {
+    /// Who has come back without its flow table has nothing of this table's flows, and is not asked for any: the next of the row is.
+    fn leave_out_reborn(&mut self, view: &View, slot_of: impl Fn(MemberId) -> MemberSlot) {
+        let is_reborn = |id: &MemberId, boot: &u64| view.get(*id).is_some_and(|now| now.boot != *boot);
+        let reborn: Vec<MemberSlot> =
+            self.boots.extract_if(.., |id, boot| is_reborn(id, boot)).map(|(id, _)| slot_of(id)).collect();
+        if reborn.is_empty() {
+            return;
+        }
+        let rows = self.rows.iter().map(|row| {
+            let mut ranks = [MemberSlot::NONE; RANKS];
+            let left = row.ranks.iter().filter(|slot| !reborn.contains(slot));
+            for (place, slot) in ranks.iter_mut().zip(left) {
+                *place = *slot;
+            }
+            Row { ranks, ..*row }
+        });
+        self.rows = rows.collect();
+    }
 }
 
 /// Earlier tables that still count, at most: a cluster that changes faster than its windows close forgets the oldest.
@@ -317,15 +341,21 @@ impl Planner {
             pending.boots == boots && same_members(&pending.ranking.table.members(), &ranked)
         });
         let ahead = self.ahead(view);
-        self.boots = boots;
+        let before = std::mem::replace(&mut self.boots, boots);
         self.current = self.rank(table);
         self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
         if !old.table.members().is_empty() {
             let rows = old.table.to_rows(|id| self.slot_of(id)).into();
-            self.past.push(Past { ranking: Arc::clone(&old), rows, was_settled: settled || first });
+            let was_settled = settled || first;
+            let boots = if first { self.boots.clone() } else { before };
+            self.past.push(Past { ranking: Arc::clone(&old), rows, was_settled, boots });
             if self.past.len() > MAX_PAST {
                 self.past.remove(0);
             }
+        }
+        let members = &self.members;
+        for past in &mut self.past {
+            past.leave_out_reborn(view, |id| slot_of(members, id));
         }
         // A newcomer's own idea of who was blank before it came is wrong: only it is.
         let survivors = if first {
@@ -697,11 +727,12 @@ impl Planner {
 
     /// A member's position in the plan.
     pub fn slot_of(&self, id: MemberId) -> MemberSlot {
-        self.members
-            .iter()
-            .position(|member| member.id == id)
-            .map_or(MemberSlot::NONE, |at| MemberSlot(at as u16))
+        slot_of(&self.members, id)
     }
+}
+
+fn slot_of(members: &[PlanMember], id: MemberId) -> MemberSlot {
+    members.iter().position(|member| member.id == id).map_or(MemberSlot::NONE, |at| MemberSlot(at as u16))
 }
 
 fn ranked_member(member: &MemberView, weight: u32) -> RankedMember {

@@ -163,8 +163,8 @@ pub enum DropReason {
     NoBackend = 1,
     /// A protocol we do not balance, to a service's address.
     Protocol = 2,
-    /// Nobody owns the row: we are in no cluster yet, or no more; or we have no lease, and none of the others can be asked. The consistent
-    /// table alone would be a guess that resets a connection which others know, or a new one that nobody knows. The client sends again.
+    /// Nobody owns the row: we are in no cluster yet, or no more; or we have no lease, and none of the others can be asked; or the packet came,
+    /// over as many members as it may, from one that has the flow. The consistent table alone would be a guess that resets a connection which others know, or a new one that nobody knows. The client sends again.
     NotJoined = 3,
 }
 
@@ -395,6 +395,12 @@ impl Roles {
         }
         let holder = if self.row.owner() == self.local.slot { self.row.backup() } else { self.row.owner() };
         if other(holder) { holder } else { MemberSlot::NONE }
+    }
+
+    /// Whom we, the acting owner, ask for a flow that we do not know: who handed it off because it has it, and else who may hold it.
+    #[inline(always)]
+    fn asked<T: Tables>(&self, tables: &T) -> MemberSlot {
+        if self.known { self.bypassed } else { self.other_holder(tables) }
     }
 
     /// As [`Self::other_holder`], among those that are suspected, while the handover window is open.
@@ -630,11 +636,7 @@ fn other<T: Tables>(
         decision.at_once |= service.replicate_syn;
         return;
     }
-    let mut asked = match hops_left {
-        true if roles.known => roles.bypassed,
-        true => roles.other_holder(tables),
-        false => MemberSlot::NONE,
-    };
+    let mut asked = if hops_left { roles.asked(tables) } else { MemberSlot::NONE };
     if hops_left && !asked.is_some() && !datagram {
         asked = roles.doubted_holder(tables);
     }
@@ -678,11 +680,7 @@ fn icmp_error<T: Tables>(
     }
     if arrival.hops < MAX_HOPS {
         let acting = roles.acting_owner(tables);
-        let to = match acting == roles.local.slot {
-            true if roles.known => roles.bypassed,
-            true => roles.other_holder(tables),
-            false => acting,
-        };
+        let to = if acting == roles.local.slot { roles.asked(tables) } else { acting };
         if to.is_some() {
             decision.verdict = roles.hand_off(tables, to, arrival, flow.is_some());
             decision.outcome = if acting == roles.local.slot { Outcome::Asked } else { Outcome::HandedOff };
@@ -702,9 +700,10 @@ fn pick<T: Tables>(
     record: bool,
     outcome: Outcome,
 ) {
-    if !roles.row.owner().is_some()
-        || (!roles.local.leased && roles.others() && !matches!(outcome, Outcome::IcmpSteered))
-    {
+    let error = matches!(outcome, Outcome::IcmpSteered);
+    // Who has the flow handed it off, and no hop is left to ask it: views differ, and soon will not.
+    let elsewhere = roles.known && matches!(outcome, Outcome::Recovered);
+    if !roles.row.owner().is_some() || (!roles.local.leased && roles.others() && !error) || elsewhere {
         decision.verdict = Verdict::Drop(DropReason::NotJoined);
         decision.outcome = Outcome::Dropped;
         return;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use phalanx_sim::checks::Violation;
 use phalanx_sim::consistency;
 use phalanx_sim::faults::Fault;
 use phalanx_sim::losses;
@@ -10,6 +11,7 @@ use phalanx_sim::runner::{self, Options};
 use phalanx_sim::schedule::{Change, generate};
 use phalanx_sim::settings::{LARGE, Settings};
 use phalanx_sim::shrink::shrink;
+use phalanx_sim::world::Report;
 
 /// Seeds of one `cargo test`; `cargo xtask sim` runs as many as you like.
 const SEEDS: u64 = 300;
@@ -17,15 +19,27 @@ const SEEDS: u64 = 300;
 /// The machines that run this have two cores.
 const THREADS: usize = 2;
 
+/// The order in which a hash map gives its keys once decided what happened in seeds 0, 18 and 39.
 #[test]
 fn the_same_seed_gives_the_same_run() {
-    let options = Options { story: true, ..Options::default() };
-    for seed in [3, 17] {
-        let [one, other] = [(); 2].map(|()| runner::run(seed, options));
-        assert!(one.story.len() > 100, "a story of {} lines", one.story.len());
-        assert_eq!(one.story, other.story);
-        assert_eq!((one.packets, one.opened), (other.packets, other.opened));
+    let mut traces = BTreeSet::new();
+    let seeds = [0, 3, 17, 18, 39];
+    for seed in seeds {
+        let [one, other] = [(); 2].map(|()| runner::run(seed, Options::default()));
+        assert_eq!(
+            (one.trace, one.packets, one.opened),
+            (other.trace, other.packets, other.opened),
+            "{seed}"
+        );
+        traces.insert(one.trace);
     }
+    assert_eq!(traces.len(), seeds.len(), "a trace tells runs apart");
+}
+
+fn described(report: &Report) -> Vec<String> {
+    let words =
+        |violation: &Violation| format!("seed {}: {}: {}", report.seed, violation.checker, violation.what);
+    report.violations.iter().map(words).collect()
 }
 
 #[test]
@@ -42,12 +56,7 @@ fn every_seed_keeps_every_promise() {
         );
         live += report.live;
         off += report.off_choice;
-        found.extend(
-            report
-                .violations
-                .iter()
-                .map(|violation| format!("seed {}: {}: {}", report.seed, violation.checker, violation.what)),
-        );
+        found.extend(described(&report));
     });
     assert!(found.is_empty(), "{off} of {live} off the consistent choice\n{}", found.join("\n"));
 }
@@ -108,20 +117,13 @@ fn what_leases_and_suspicion_are_for_has_a_checker() {
 
 #[test]
 fn both_families_icmp_errors_and_other_lists_of_backends_keep_every_promise() {
-    let (mut found, mut astray) = (Vec::new(), 0);
+    let mut found = Vec::new();
     let mut errors = [0, 0];
     runner::run_many(0, 60, THREADS, Options { mixed: true, ..Options::default() }, |report| {
         errors = [errors[0] + report.errors[0], errors[1] + report.errors[1]];
-        for violation in &report.violations {
-            // docs/testing.md, "Open faults": an error about a tuple that is used again.
-            if violation.checker == "sticky" && violation.what.contains("(IcmpError)") {
-                astray += 1;
-            } else {
-                found.push(format!("seed {}: {}: {}", report.seed, violation.checker, violation.what));
-            }
-        }
+        found.extend(described(&report));
     });
-    assert!(found.is_empty() && astray == 0, "{astray} ICMP errors went astray\n{}", found.join("\n"));
+    assert!(found.is_empty(), "{}", found.join("\n"));
     let [right, _] = errors;
     assert!(right > 10_000, "only {right} ICMP errors came to their connection's backend");
 }

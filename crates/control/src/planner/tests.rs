@@ -146,6 +146,32 @@ fn a_new_boot_changes_no_row_and_loses_the_flows_all_the_same() {
     assert!(planner.set_view(&view(2, vec![active(1), renewed, active(3)]), true).unwrap().is_none());
 }
 
+/// The ids in a row of the table that is asked, in its order.
+fn asked_in(plan: &Plan, row: usize) -> Vec<Option<MemberId>> {
+    let ranks = plan.previous.as_ref().expect("a window is open")[row].ranks;
+    ranks.into_iter().filter(|slot| slot.is_some()).map(|slot| id_at(plan, slot)).collect()
+}
+
+#[test]
+fn who_came_back_without_its_flows_is_not_asked_for_them_and_the_next_of_the_row_is() {
+    let back = |boot| {
+        let mut planner = settled();
+        let restarted = member(2, boot, MemberState::Joining, Liveness::Alive);
+        planner.set_view(&view(2, vec![active(1), restarted, active(3)]), true).unwrap().unwrap();
+        planner.plan()
+    };
+    let (same, reborn) = (back(1), back(2));
+    let mut first = 0;
+    for row in 0..same.rows.len() {
+        let mut before = asked_in(&same, row);
+        assert!(before.contains(&Some(MemberId(2))), "the twin: with its flows it is asked");
+        first += usize::from(before[0] == Some(MemberId(2)));
+        before.retain(|id| *id != Some(MemberId(2)));
+        assert_eq!(asked_in(&reborn, row), before);
+    }
+    assert!(first > 100);
+}
+
 #[test]
 fn a_member_that_joins_again_has_lost_what_it_held_before_it_is_active() {
     let mut planner = settled();

@@ -270,6 +270,23 @@ fn what_a_former_holder_has_is_asked_for_and_not_believed() {
     assert_eq!(holds.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
 }
 
+/// Views differ: whom the former holder took for the owner handed the packet on, and the owner may hand it off no more.
+#[test]
+fn with_no_hop_left_what_somebody_else_has_is_dropped_and_not_guessed() {
+    let last = |bypassed, known| Arrival { hops: MAX_HOPS, bypassed, known, ports: None };
+    let owner = World::of(OWNER);
+    let decision = owner.decide(last(Some(MemberId(2)), true), DATA);
+    assert_eq!(decision.verdict, Verdict::Drop(DropReason::NotJoined));
+    // The twins: nobody says that it has it, or it may be gone with what it has; and who knows the flow forwards it.
+    for arrival in [last(Some(MemberId(2)), false), last(None, false)] {
+        assert_eq!(owner.decide(arrival, DATA).outcome, Outcome::Recovered);
+    }
+    let lost = World { suspect: Some(THIRD), ..World::of(OWNER) };
+    assert_eq!(lost.decide(last(Some(MemberId(2)), true), DATA).outcome, Outcome::Recovered);
+    let knows = World { flow: recorded(), ..World::of(OWNER) };
+    assert_eq!(knows.decide(last(Some(MemberId(2)), true), DATA).verdict, Verdict::Forward(RECORDED));
+}
+
 #[test]
 fn a_connection_that_has_ended_is_for_the_owner_to_know() {
     let ended = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });

@@ -127,9 +127,8 @@ impl Membership {
         if self.told_doubted.get(&sender).is_some_and(|at| now.saturating_duration_since(*at) < pause) {
             return;
         }
-        let doubted = |member: &&foca::Member<Identity>| {
-            member.id().id == sender && member.state() == State::Suspect
-        };
+        let doubted =
+            |member: &&foca::Member<Identity>| member.id().id == sender && member.state() == State::Suspect;
         let Some(doubted) = self.swim.0.iter_membership_state().find(doubted).cloned() else { return };
         self.told_doubted.insert(sender, now);
         self.send_control(doubted.id().address, &Control::Doubted(doubted));

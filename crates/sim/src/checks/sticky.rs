@@ -4,7 +4,7 @@
 //! no running member that holds it could be reached any more, and either more than one member was lost at once, or the last trouble (or
 //! the connection's opening) was so recent that its second holder could not have it yet.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use phalanx_flow::{FlowKey, FlowState};
@@ -34,6 +34,9 @@ pub struct Sticky {
     lost: Vec<Option<Loss>>,
     /// Who held what before the change that is carried out now.
     reach: Vec<BTreeSet<usize>>,
+    /// Flows, by place and life, for which a full table had no room when something changed: what became of them since is its doing, also
+    /// when its member is gone. Until they are replicated.
+    roomless: BTreeMap<usize, u32>,
     /// Since when, and until when, what some members learn may not be known to others.
     apart: Option<(Duration, Duration)>,
 }
@@ -111,6 +114,16 @@ fn is_trouble(change: &Change) -> bool {
 }
 
 impl Sticky {
+    fn note_roomless(&mut self, world: &World) {
+        for (number, flow) in world.flows.iter().enumerate().filter(|(_, flow)| flow.backend.is_some()) {
+            if (0..world.nodes.len()).any(|node| found_no_room(world, node, &flow.key, flow.backend)) {
+                self.roomless.insert(number, flow.life);
+            } else if holders(world, number).len() > 1 {
+                self.roomless.remove(&number);
+            }
+        }
+    }
+
     /// Whether the connection was opened while members were apart, and has come to such as have not heard of it.
     fn is_unheard_of(&self, world: &World, packet: &Packet) -> bool {
         let Some((since, until)) = self.apart else { return false };
@@ -129,6 +142,9 @@ impl Checker for Sticky {
 
     fn changing(&mut self, world: &World, _: &Change, _: &mut Findings) {
         self.reach = reach(world);
+        if world.settings.cramped.is_some() {
+            self.note_roomless(world);
+        }
     }
 
     fn changed(&mut self, world: &World, change: &Change, findings: &mut Findings) {
@@ -214,7 +230,8 @@ impl Checker for Sticky {
             _ => world.settings.idle,
         };
         let over = world.now.saturating_sub(last_heard_of(world, packet)) > life;
-        let no_room = (0..world.nodes.len()).any(|node| found_no_room(world, node, &flow.key, flow.backend));
+        let no_room = self.roomless.get(&packet.flow) == Some(&packet.life)
+            || (0..world.nodes.len()).any(|node| found_no_room(world, node, &flow.key, flow.backend));
         if excused || no_room || over || self.is_unheard_of(world, packet) {
             return findings.excused.push(packet.flow);
         }

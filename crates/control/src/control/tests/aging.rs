@@ -282,3 +282,90 @@ fn what_moves_away_is_former_until_the_window_closes_or_a_holder_sends_it_again(
     site.pass(4 * TICK);
     assert!(moved.iter().all(|&(id, n)| !site.has(id, n)), "the window is closed");
 }
+
+/// Member 1 owns a flow of which it has seen the SYN alone; member 2, its backup, has recovered it with `backend`, and sends it.
+fn recovered_elsewhere(backend: BackendId) -> [Record; 2] {
+    let mut site = Site::new(&[1, 2]);
+    site.see(&[1, 2], &[], 1, None);
+    let n = flows(|n| site.holders(*n) == [1, 2], 1)[0];
+    let asked_for = Record { state: FlowState::HalfOpen, update: 0, ..record(n) };
+    site.forwarder(1).upsert(&[asked_for]);
+    site.control(2).planner.register(backend);
+    site.control(2).install();
+    let flags = FlowFlags(FlowFlags::RECOVERED);
+    let recovered = Record { birth: record(n).birth + 1_000, backend, flags, ..record(n) };
+    site.forwarder(2).upsert(&[recovered]);
+    let sent = TransferPlan { holders: [(MemberId(1), vec![recovered])].into(), ..TransferPlan::default() };
+    let now = site.now;
+    site.control(2).replicator.begin_transfer(now, sent);
+    site.pass(TICK);
+    [1, 2].map(|id| site.forwarder(id).get(&key(n)).expect("there"))
+}
+
+#[test]
+fn a_flow_that_another_member_recovered_is_open_at_its_owner_too() {
+    let [owner, backup] = recovered_elsewhere(backend());
+    assert_eq!((owner.state, owner.birth), (FlowState::Established, backup.birth));
+    assert_eq!((backup.state, backup.update), (FlowState::Established, owner.update));
+    assert!(
+        !backup.flags.has(FlowFlags::RECOVERED),
+        "the record of the SYN has taken the place of the guess"
+    );
+    // The twin: a guess at another backend says nothing of what the owner has.
+    let [owner, _] = recovered_elsewhere(BackendId { port: [9, 9], ..backend() });
+    assert_eq!(owner.state, FlowState::HalfOpen);
+}
+
+#[test]
+fn what_a_forwarder_saw_without_a_daemon_is_told_to_the_owners_when_they_are_met() {
+    for resumed in [false, true] {
+        let mut site = Site::new(&[1, 2]);
+        site.see(&[1, 2], &[], 1, None);
+        site.open_long_ago();
+        let seen: Vec<(FlowKey, u32)> = (0..FLOWS).map(|n| (key(n), 0)).collect();
+        site.forwarder(2).touch(&seen);
+        let control = site.control(2);
+        control.resumed = resumed.then_some(1);
+        site.see(&[1, 2], &[], 1, None);
+        site.pass(TICK);
+        for n in flows(|n| *n < FLOWS && site.holders(*n)[0] == 1, 20) {
+            let idle_ms = site.idle_ms(1, n).expect("held");
+            assert_eq!(idle_ms < 10_000, resumed, "flow {n}: {idle_ms} ms");
+        }
+    }
+}
+
+#[test]
+fn who_leaves_gives_what_its_holders_lack_before_it_goes() {
+    let mut site = Site::new(&[1, 2, 3]);
+    site.see(&[1, 2, 3], &[], 1, None);
+    site.pass(LINGER + 4 * TICK);
+    let held: Vec<u16> = (0..FLOWS).filter(|n| site.holders(*n).contains(&3)).collect();
+    let mut leaving = View::clone(site.members[&1].0.view());
+    leaving.digest = Digest(2);
+    for member in &mut leaving.members {
+        member.view_digest = Digest(2);
+        if member.id == MemberId(3) {
+            member.state = MemberState::Leaving;
+        }
+    }
+    let now = site.now;
+    site.control(3).begin_leave(now);
+    // Who was to hold these, and to send them, was lost with them; member 3 was a holder before that.
+    let records: Vec<Record> = (0..FLOWS).map(record).collect();
+    let leaving = Arc::new(leaving);
+    for id in [1, 2, 3] {
+        site.control(id).handle_view(now, Arc::clone(&leaving));
+    }
+    site.forwarder(3).upsert(&records);
+    site.settle();
+    let left =
+        |site: &Site| site.said.iter().any(|(who, event)| *who == 3 && matches!(event, Event::ReadyToLeave));
+    for _ in 0..100 {
+        if !left(&site) {
+            site.pass(TICK);
+        }
+    }
+    assert!(left(&site));
+    assert!(held.len() > 20 && held.iter().all(|n| site.has(1, *n) && site.has(2, *n)));
+}

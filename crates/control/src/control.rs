@@ -48,6 +48,10 @@ const SWEEP_AFTER: Duration = Duration::from_secs(1);
 const LEAVE_AT_MOST: Duration = Duration::from_secs(10);
 const LEAVE_GRACE: Duration = Duration::from_millis(500);
 
+/// Who is asked for its due work later than this did not run meanwhile, and what others sent is still to be heard. Drivers ask many times a
+/// second.
+const STOOD_STILL: Duration = Duration::from_secs(2);
+
 /// What does not change while a member runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
@@ -134,6 +138,8 @@ pub struct Control {
     events_lost: u64,
     traffic: Traffic,
     counters_at: Option<Instant>,
+    /// When due work was last asked for.
+    ran: Option<Instant>,
     tell_again_at: Option<Instant>,
     view_changes: u64,
     events: VecDeque<Event>,
@@ -171,6 +177,7 @@ impl Control {
             events_lost: 0,
             traffic: Traffic::default(),
             counters_at: None,
+            ran: None,
             tell_again_at: None,
             view_changes: 0,
             events: VecDeque::new(),
@@ -305,6 +312,10 @@ impl Control {
 
     /// Takes the forwarder's events and does what is due.
     pub fn handle_timeout(&mut self, now: Instant) {
+        let still = self.ran.replace(now).map(|ran| now.saturating_duration_since(ran)).unwrap_or_default();
+        if still >= STOOD_STILL {
+            self.stood_still(still);
+        }
         self.take_events(now);
         if self.replicator.poll_timeout().is_some_and(|due| due <= now) {
             self.replicator.handle_timeout(now);
@@ -321,6 +332,14 @@ impl Control {
         self.sweep_if_due(now);
         self.forget_cached_if_due(now);
         self.leave_if_due(now);
+    }
+
+    /// Time that we did not live through closes no window: what others did in it we are still to hear.
+    fn stood_still(&mut self, by: Duration) {
+        for since in [&mut self.window_opened, &mut self.sweep_at, &mut self.strangers_until] {
+            *since = since.map(|at| at + by);
+        }
+        self.traffic.begin();
     }
 
     // Commands.

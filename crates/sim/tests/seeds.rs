@@ -63,19 +63,19 @@ fn every_seed_keeps_every_promise() {
 
 /// One owner and loops aside, the simulator must find what is known to be missing: without replication connections break.
 #[test]
-fn without_replication_sticky_fails_more_often() {
-    let failing = |twin: bool| {
-        let mut failing = 0;
+fn without_replication_connections_break_that_otherwise_do_not() {
+    let broken = |twin: bool| {
+        let (mut broken, mut sticky) = (0, 0);
         runner::run_many(0, 30, THREADS, Options { twin, ..Options::default() }, |report| {
-            failing += u64::from(report.violations.iter().any(|violation| violation.checker == "sticky"));
+            broken += report.broken();
+            sticky += u64::from(report.violations.iter().any(|violation| violation.checker == "sticky"));
         });
-        failing
+        (broken, sticky)
     };
-    let (twin, with) = (failing(true), failing(false));
-    assert!(
-        twin >= 10 && with == 0,
-        "sticky fails in {twin} of 30 seeds without replication, in {with} with it"
-    );
+    // Counted are connections, not seeds: in one seed in three is a member lost that alone had some.
+    let ((twin, sticky), with) = (broken(true), broken(false));
+    assert!(twin >= 60 && sticky > 0, "without replication {twin} connections break, {sticky} seeds fail");
+    assert_eq!(with, (0, 0), "connections broken and seeds failed with replication");
 }
 
 #[test]

@@ -114,6 +114,18 @@ fn is_trouble(change: &Change) -> bool {
 }
 
 impl Sticky {
+    /// Who is out of somebody's reach now may have recorded a SYN of the connection a moment ago, and told nobody yet.
+    fn note_opening(&mut self, world: &World, flow: usize, after: &[BTreeSet<usize>]) {
+        let lost_some =
+            |node: &usize| self.reach.get(*node).is_some_and(|before| !before.is_subset(&after[*node]));
+        let by: BTreeSet<usize> =
+            (0..after.len()).filter(|node| !after[*node].is_empty()).filter(lost_some).collect();
+        if !by.is_empty() {
+            let until = Some(world.now + MERGED * world.settings.slowness());
+            self.lost[flow] = Some(Loss { life: world.flows[flow].life, by, until });
+        }
+    }
+
     fn note_roomless(&mut self, world: &World) {
         for (number, flow) in world.flows.iter().enumerate().filter(|(_, flow)| flow.backend.is_some()) {
             if (0..world.nodes.len()).any(|node| found_no_room(world, node, &flow.key, flow.backend)) {
@@ -154,6 +166,9 @@ impl Checker for Sticky {
             && !world.is_troubled();
         for flow in 0..world.flows.len() {
             let entry = &world.flows[flow];
+            if entry.backend.is_none() && entry.phase == Phase::Opening {
+                self.note_opening(world, flow, &after);
+            }
             if entry.backend.is_none() || entry.broken {
                 continue;
             }

@@ -1,6 +1,6 @@
 //! The run: what happens when, and what is seen of it.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::io::{IsTerminal as _, Write as _};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -26,6 +26,7 @@ use super::weather::{Weather, v4_addresses};
 use super::world::{Topology, World, WorldOptions};
 use super::{LabOptions, privilege};
 
+mod broken;
 mod chaos;
 
 /// How often the lab looks at the clock, its children and the router.
@@ -86,6 +87,8 @@ pub struct Lab {
     start: Instant,
     shown: Option<Instant>,
     last_event: String,
+    /// The connections that were said to be broken.
+    told_broken: HashSet<u64>,
 }
 
 impl Lab {
@@ -170,6 +173,7 @@ impl Lab {
             start: Instant::now(),
             shown: None,
             last_event: String::new(),
+            told_broken: HashSet::new(),
             options,
         };
         lab.backends = (1..=lab.options.backends).map(|number| lab.backend_line(number)).collect();
@@ -563,6 +567,7 @@ impl Lab {
 
     fn step(&mut self) -> Result<()> {
         self.poll()?;
+        self.tell_broken();
         self.show();
         sleep(TICK);
         Ok(())

@@ -122,6 +122,10 @@ pub struct Control {
     sweep_at: Option<Instant>,
     /// Nothing is dropped before: entries have come that no table gives us.
     strangers_until: Option<Instant>,
+    /// Since when we are back with flows of which we may have missed the end.
+    doubted_since: Option<Instant>,
+    /// The others held us to be down as often, or we them.
+    generation: u32,
     transferring: bool,
     change: Phase,
     repair: Repair,
@@ -164,6 +168,8 @@ impl Control {
             window_opened: None,
             sweep_at: None,
             strangers_until: None,
+            doubted_since: None,
+            generation: 0,
             transferring: false,
             change: Phase::Settled,
             repair: Repair::default(),
@@ -250,6 +256,7 @@ impl Control {
                 self.events.push_back(Event::Unranked(error));
             }
         }
+        self.doubt_if_back(now, resumed.is_some());
         let tables = self.planner.set_view(&view, settled);
         let (change, planned) = match tables.and_then(|change| Ok((change, self.planner.set_pending(&view)?)))
         {
@@ -329,6 +336,7 @@ impl Control {
         self.repair_if_due(now);
         self.tell_again_if_due(now);
         self.close_window_if_due(now);
+        self.believe_if_due(now);
         self.sweep_if_due(now);
         self.forget_cached_if_due(now);
         self.leave_if_due(now);
@@ -587,7 +595,9 @@ impl Control {
         self.install();
         self.replicator.handle_view(now, self.view_input());
         let dropped = self.drop_former(now);
-        self.believe_what_is_ours();
+        if self.doubted_since.is_none() {
+            self.believe_what_is_ours();
+        }
         self.events.push_back(Event::WindowClosed(dropped));
     }
 

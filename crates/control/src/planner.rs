@@ -88,8 +88,8 @@ impl Service {
 /// Whom a plan's next hops lead to; positions are those of the plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Destinations {
-    /// Data addresses of the members.
-    pub members: Vec<IpAddr>,
+    /// Data addresses of the members, and whether they may be up: the position of one that went stays.
+    pub members: Vec<(IpAddr, bool)>,
     /// Addresses of the backends.
     pub backends: Vec<IpAddr>,
 }
@@ -702,7 +702,11 @@ impl Planner {
     /// Whom the next-hop driver has to resolve for this plan.
     pub fn destinations(&self) -> Destinations {
         Destinations {
-            members: self.members.iter().map(|member| member.address).collect(),
+            members: self
+                .members
+                .iter()
+                .map(|member| (member.address, member.liveness != Liveness::Down))
+                .collect(),
             backends: self.backends.iter().map(|backend| backend.id.ip()).collect(),
         }
     }

@@ -630,7 +630,7 @@ fn other<T: Tables>(
     }
     let diverted = roles.row.owner() != roles.local.slot || roles.bypassed.is_some();
     let datagram = decision.key.protocol == UDP;
-    if ours && datagram && !diverted && tables.previous_row(roles.row_number).is_none() {
+    if ours && datagram && !diverted && known.is_none() && tables.previous_row(roles.row_number).is_none() {
         // Nothing moves: a datagram nobody here knows is the first of its flow.
         pick(decision, roles, tables, service, roles.local.leased, Outcome::New);
         decision.at_once |= service.replicate_syn;

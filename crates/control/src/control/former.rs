@@ -15,6 +15,9 @@ use crate::planner::TableRanking;
 /// back takes some seconds to hear of its own return.
 pub(super) const STRANGERS_STAY: Duration = Duration::from_secs(10);
 
+/// So long after we are back, and without an open window, the others have told us of all that they hold with us.
+const DOUBTS_LAST: Duration = Duration::from_secs(10);
+
 impl Control {
     /// Whether somebody may be lost with what it holds.
     pub(super) fn suspects(&self) -> bool {
@@ -47,7 +50,38 @@ impl Control {
         self.forwarder.set_former(&keys, former);
     }
 
-    /// The window closes: whatever of ours is older than what other holders have was replaced meanwhile.
+    /// We are back, in another process (`resumed`) or after a time in which we and the others did not hear of each other: meanwhile they
+    /// ended flows that we have, and used their tuples again. So what we have is asked for until its other holders have told us of it.
+    pub(super) fn doubt_if_back(&mut self, now: Instant, resumed: bool) {
+        let generation = self.view.get(self.settings.local).map_or(self.generation, |own| own.generation);
+        if resumed || generation > self.generation {
+            self.generation = generation;
+            self.set_former(&RowSet::All, true);
+            self.doubted_since = Some(now);
+        } else if self.doubted_since.is_some() && self.is_alone() {
+            self.doubted_since = Some(now);
+        }
+    }
+
+    /// The others have had the time to tell us of what we doubted.
+    pub(super) fn believe_if_due(&mut self, now: Instant) {
+        if self.doubted_since.is_some_and(|since| now.duration_since(since) >= DOUBTS_LAST)
+            && self.window_opened.is_none()
+            && !self.transferring
+            && !self.is_alone()
+            && !self.suspects()
+        {
+            self.doubted_since = None;
+            self.believe_what_is_ours();
+        }
+    }
+
+    /// Whether we see nobody else.
+    fn is_alone(&self) -> bool {
+        self.view.members.len() <= 1
+    }
+
+    /// Whatever of ours is older than what other holders have was replaced meanwhile: the window closes, or we are back for long.
     pub(super) fn believe_what_is_ours(&self) {
         let (local, current) = (Some(self.settings.local), self.planner.current());
         let ours = (0..current.row_count()).filter(|row| current.holders(*row).contains(&local));

@@ -125,10 +125,9 @@ impl Resolver {
     /// Resolves all, tells the forwarder, and returns who has no next hop.
     fn resolve_all(&mut self, destinations: &Destinations, now: Instant) -> Vec<IpAddr> {
         let mut missing = Vec::new();
-        let mut resolve = |addresses: &[IpAddr]| -> Vec<Option<NextHop>> {
+        let mut resolve = |addresses: &mut dyn Iterator<Item = (IpAddr, bool)>| -> Vec<Option<NextHop>> {
             addresses
-                .iter()
-                .map(|&address| {
+                .map(|(address, is_needed)| {
                     let resolved = self.resolve(address, now).unwrap_or_else(|error| {
                         tracing::debug!(%address, "next hop: {error}");
                         Resolved::Missing
@@ -137,7 +136,7 @@ impl Resolver {
                         Resolved::Local => None,
                         Resolved::By(hop) => Some(hop),
                         Resolved::Missing => {
-                            if !missing.contains(&address) {
+                            if is_needed && !missing.contains(&address) {
                                 missing.push(address);
                             }
                             None
@@ -146,8 +145,10 @@ impl Resolver {
                 })
                 .collect()
         };
-        let next_hops =
-            NextHops { members: resolve(&destinations.members), backends: resolve(&destinations.backends) };
+        let next_hops = NextHops {
+            members: resolve(&mut destinations.members.iter().copied()),
+            backends: resolve(&mut destinations.backends.iter().map(|address| (*address, true))),
+        };
         self.forwarder.set_next_hops(next_hops);
         missing
     }

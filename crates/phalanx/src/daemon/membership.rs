@@ -26,6 +26,11 @@ use tokio::sync::{mpsc, oneshot};
 /// The thread looks at commands, echoes and the forwarder at least this often.
 const WAKE: Duration = Duration::from_millis(10);
 
+/// What a forwarder goes on recording for when nobody renews its lease any more. A program in the kernel outlives its daemon: what it records
+/// then is told to nobody, and the backup may know an earlier connection of the same tuple. Much more than [`WAKE`], or a busy machine would
+/// send its new flows to their backups.
+const ALONE: Duration = Duration::from_millis(100);
+
 /// A forwarder that has shown no sign of life for this long does not carry packets: its threads wake every few tens of milliseconds.
 const FORWARDER_DEAD: Duration = Duration::from_millis(500);
 
@@ -254,7 +259,7 @@ impl Worker {
             .lease_valid_until()
             .map(|until| until.saturating_duration_since(Instant::now()))
             .unwrap_or_default();
-        self.forwarder.renew_lease(left);
+        self.forwarder.renew_lease(left.min(ALONE));
     }
 
     fn echo(&mut self, now: Instant) {

@@ -16,7 +16,7 @@ use crate::planner::TableRanking;
 pub(super) const STRANGERS_STAY: Duration = Duration::from_secs(10);
 
 /// So long after we are back, and without an open window, the others have told us of all that they hold with us.
-const DOUBTS_LAST: Duration = Duration::from_secs(10);
+pub(super) const DOUBTS_LAST: Duration = Duration::from_secs(10);
 
 impl Control {
     /// Whether somebody may be lost with what it holds.

@@ -22,6 +22,7 @@ use crate::planner::Fixed;
 
 mod aging;
 mod cached;
+mod doubts;
 
 const FLOWS: u16 = 60;
 /// What a member's flow table takes.

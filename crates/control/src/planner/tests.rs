@@ -73,6 +73,16 @@ fn id_at(plan: &Plan, slot: MemberSlot) -> Option<MemberId> {
 }
 
 #[test]
+fn who_is_down_keeps_its_position_and_needs_no_next_hop() {
+    let mut planner = settled();
+    assert!(planner.destinations().members.iter().all(|(_, is_needed)| *is_needed));
+    planner.set_view(&view(2, vec![active(1), active(3)]), true).unwrap().unwrap();
+    let needed: Vec<bool> =
+        planner.destinations().members.into_iter().map(|(_, is_needed)| is_needed).collect();
+    assert_eq!(needed, [true, false, true]);
+}
+
+#[test]
 fn a_newcomer_takes_the_table_of_the_others_for_the_one_before() {
     let mut planner = Planner::new(fixed(1)).unwrap();
     let change = planner.set_view(&view(1, vec![active(1), active(2), active(3)]), true).unwrap().unwrap();

@@ -1,0 +1,75 @@
+//! What a member has when it comes back is asked for until the others have had the time to tell it theirs.
+
+use phalanx_flow::FlowFlags;
+
+use super::*;
+use crate::control::former::DOUBTS_LAST;
+
+impl Site {
+    /// Member 1 renews its identity: the others held it to be down, or it them.
+    fn renew(&mut self, generation: u32) {
+        let control = &mut self.members.get_mut(&1).expect("there").0;
+        let mut view = View::clone(control.view());
+        for member in view.members.iter_mut().filter(|member| member.id == MemberId(1)) {
+            member.generation = generation;
+        }
+        control.handle_view(self.now, Arc::new(view));
+        self.settle();
+    }
+
+    /// How many flows member 1 has, and does not believe.
+    fn doubted(&self) -> usize {
+        let former = |record: Record| record.flags.has(FlowFlags::FORMER);
+        (0..FLOWS).filter(|n| self.forwarder(1).get(&key(*n)).is_some_and(former)).count()
+    }
+}
+
+fn site() -> Site {
+    let mut site = Site::new(&[1, 2]);
+    site.see(&[1, 2], &[], 1, None);
+    site.pass(LINGER + 4 * TICK);
+    site.open();
+    site
+}
+
+#[test]
+fn who_comes_back_doubts_all_it_has_and_nobody_else_does() {
+    let mut site = site();
+    site.renew(0);
+    assert_eq!(site.doubted(), 0, "the twin: nothing has happened");
+    site.renew(1);
+    assert_eq!(site.doubted(), usize::from(FLOWS));
+    let others = (0..FLOWS).filter_map(|n| site.forwarder(2).get(&key(n)));
+    assert!(others.into_iter().all(|record| !record.flags.has(FlowFlags::FORMER)));
+    // What a holder sends is believed, though it is not newer.
+    site.forwarder(1).upsert(&[record(0)]);
+    assert_eq!(site.doubted(), usize::from(FLOWS) - 1);
+    site.pass(DOUBTS_LAST - 4 * TICK);
+    assert!(site.doubted() > 0);
+    site.pass(8 * TICK);
+    assert_eq!(site.doubted(), 0);
+}
+
+#[test]
+fn doubts_last_while_nobody_is_there_to_resolve_them() {
+    let mut site = site();
+    let alone = |site: &mut Site, generation| {
+        let control = &mut site.members.get_mut(&1).expect("there").0;
+        let mut view = View::clone(control.view());
+        view.members.retain(|member| member.id == MemberId(1));
+        view.members[0].generation = generation;
+        view.digest = Digest(7);
+        control.handle_view(site.now, Arc::new(view));
+    };
+    alone(&mut site, 1);
+    assert_eq!(site.doubted(), usize::from(FLOWS));
+    site.pass(LINGER + 2 * DOUBTS_LAST);
+    assert_eq!(site.doubted(), usize::from(FLOWS));
+    // The view of all again, in which it has the same generation.
+    alone(&mut site, 1);
+    site.see(&[1, 2], &[], 8, None);
+    site.renew(1);
+    assert!(site.doubted() <= usize::from(FLOWS));
+    site.pass(LINGER + DOUBTS_LAST);
+    assert_eq!(site.doubted(), 0);
+}

@@ -26,10 +26,9 @@ use tokio::sync::{mpsc, oneshot};
 /// The thread looks at commands, echoes and the forwarder at least this often.
 const WAKE: Duration = Duration::from_millis(10);
 
-/// What a forwarder goes on recording for when nobody renews its lease any more. A program in the kernel outlives its daemon: what it records
-/// then is told to nobody, and the backup may know an earlier connection of the same tuple. Much more than [`WAKE`], or a busy machine would
-/// send its new flows to their backups.
-const ALONE: Duration = Duration::from_millis(100);
+/// How long a program in the kernel goes on recording when its daemon is dead: what it records then is told to nobody, and the backup may know
+/// an earlier connection of the same tuple. Much more than [`WAKE`], or a busy machine would send its new flows to their backups.
+pub const ALONE: Duration = Duration::from_millis(100);
 
 /// A forwarder that has shown no sign of life for this long does not carry packets: its threads wake every few tens of milliseconds.
 const FORWARDER_DEAD: Duration = Duration::from_millis(500);
@@ -91,10 +90,11 @@ pub struct MembershipDriver {
 }
 
 impl MembershipDriver {
-    /// Binds the gossip socket to the member's data address and starts.
+    /// Binds the gossip socket to the member's data address and starts. The forwarder's lease is renewed for `longest_lease` at the most.
     pub fn start(
         config: Config,
         forwarder: Arc<dyn Forwarder>,
+        longest_lease: Duration,
         events: mpsc::UnboundedSender<MembershipEvent>,
     ) -> anyhow::Result<Self> {
         let socket = UdpSocket::bind(config.address).with_context(|| {
@@ -117,6 +117,7 @@ impl MembershipDriver {
             membership,
             socket,
             forwarder,
+            longest_lease,
             events,
             inbox,
             last_view: Arc::default(),
@@ -148,6 +149,7 @@ struct Worker {
     membership: Membership,
     socket: UdpSocket,
     forwarder: Arc<dyn Forwarder>,
+    longest_lease: Duration,
     events: mpsc::UnboundedSender<MembershipEvent>,
     inbox: std_mpsc::Receiver<Command>,
     last_view: Arc<View>,
@@ -259,7 +261,7 @@ impl Worker {
             .lease_valid_until()
             .map(|until| until.saturating_duration_since(Instant::now()))
             .unwrap_or_default();
-        self.forwarder.renew_lease(left.min(ALONE));
+        self.forwarder.renew_lease(left.min(self.longest_lease));
     }
 
     fn echo(&mut self, now: Instant) {

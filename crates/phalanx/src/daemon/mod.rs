@@ -33,7 +33,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use self::control::{ControlDriver, End, Inboxes, Request, State};
-use self::membership::MembershipDriver;
+use self::membership::{ALONE, MembershipDriver};
 use self::next_hops::NextHopDriver;
 use self::peers::{Identity, Peers};
 use self::resume::{Adopted, Resumed};
@@ -162,7 +162,12 @@ async fn run_member(
     let metadata = metadata(&config, &identity);
     let (member_events, membership_inbox) = mpsc::unbounded_channel();
     let settings = membership_config(&config, keys, metadata.clone(), resumed);
-    let membership = MembershipDriver::start(settings, Arc::clone(&forwarder), member_events)?;
+    let longest_lease = match config.forwarder.kind {
+        // It goes on without this process.
+        config::ForwarderKind::Xdp => ALONE,
+        config::ForwarderKind::Rawsock => Duration::MAX,
+    };
+    let membership = MembershipDriver::start(settings, Arc::clone(&forwarder), longest_lease, member_events)?;
 
     let (health_changes, health_inbox) = mpsc::unbounded_channel();
     let probes = Arc::new(Probes(Arc::clone(&forwarder)));

@@ -120,6 +120,19 @@ pub fn lossy(options: LabOptions) -> Report {
     report
 }
 
+/// Insists that [`Action::Upgrade`] came to each member, and that a third of the live connections deviated each time.
+///
+/// # Panics
+/// If it is not so.
+pub fn assert_every_member_was_upgraded(report: &Report) {
+    for id in 1..=report.members {
+        let what = format!("upgrade {id}");
+        let window = report.events.iter().find(|event| event.what == what);
+        let share = window.unwrap_or_else(|| panic!("no {what}")).deviating_share.expect("a share");
+        assert!(share >= 1.0 / 3.0, "only {share} of the live connections deviate at {what}");
+    }
+}
+
 /// Replaces `from` by `to` in the configuration of member `id` that the lab has left in `directory`.
 ///
 /// # Panics

@@ -11,7 +11,8 @@ use phalanx::config::ForwarderKind;
 use phalanx::lab::report::EventReport;
 use phalanx::lab::{Action, Event, Lab, LabOptions, Report};
 use phalanx_integration::{
-    at, deviating, lossless_with_a_third_deviating, lossy, open_directory, poll_until, program, site, twin,
+    assert_every_member_was_upgraded, at, deviating, lossless_with_a_third_deviating, lossy, open_directory,
+    poll_until, program, site, twin,
 };
 
 const CONNECTIONS: u32 = 300;
@@ -97,6 +98,29 @@ fn a_restarted_daemon_is_the_same_member_with_its_flows() {
 fn a_restarted_daemon_without_pins_and_replication_breaks_connections() {
     let keep = open_directory();
     lossy(without_pins(twin(one_of_three_restarted(keep.path()))));
+}
+
+fn upgrade(keep: &Path) -> LabOptions {
+    LabOptions {
+        cluster_lines: "bootstrap_wait = \"5s\"".to_owned(),
+        ..xdp(&deviating(&[at(2.0, Action::Upgrade)]), keep)
+    }
+}
+
+#[test]
+fn a_rolling_upgrade_of_every_member_breaks_nothing_and_each_goes_on_with_its_flows() {
+    let keep = open_directory();
+    let report = lossless_with_a_third_deviating(upgrade(keep.path()));
+    assert_every_member_was_upgraded(&report);
+    for id in 1..=report.members {
+        assert!(log(keep.path(), id).contains(ADOPTED), "member {id}");
+    }
+}
+
+#[test]
+fn a_rolling_upgrade_without_pins_and_replication_breaks_connections() {
+    let keep = open_directory();
+    lossy(without_pins(twin(upgrade(keep.path()))));
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Members that come and go in good order, and configurations that change.
 
 use phalanx::lab::{Action, LabOptions, Topology};
-use phalanx_integration::{at, deviating, lossless_with_a_third_deviating, lossy, site, twin};
+use phalanx_integration::{
+    assert_every_member_was_upgraded, at, deviating, lossless_with_a_third_deviating, lossy, site, twin,
+};
 
 const CONNECTIONS: u32 = 600;
 
@@ -53,6 +55,26 @@ fn members_that_read_their_configuration_again_break_nothing() {
         at(2.2, Action::Kill(3)),
     ]);
     lossless_with_a_third_deviating(site(CONNECTIONS, &events));
+}
+
+fn upgrade() -> LabOptions {
+    LabOptions {
+        // As in `deaths.rs`: a member that starts a cluster of its own while the others run has nobody to ask.
+        cluster_lines: "bootstrap_wait = \"5s\"".to_owned(),
+        ..site(CONNECTIONS, &deviating(&[at(2.0, Action::Upgrade)]))
+    }
+}
+
+/// Afterwards no process is left of those that saw the connections begin: what keeps them where they are has been handed on three times.
+#[test]
+fn a_rolling_upgrade_of_every_member_breaks_nothing() {
+    let report = lossless_with_a_third_deviating(upgrade());
+    assert_every_member_was_upgraded(&report);
+}
+
+#[test]
+fn a_rolling_upgrade_of_every_member_breaks_connections_without_replication() {
+    lossy(twin(upgrade()));
 }
 
 /// All of it in one life: join, leave, death, return.

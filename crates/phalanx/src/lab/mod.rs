@@ -301,16 +301,16 @@ pub struct LabArgs {
     cache: bool,
     /// Read the events from a file.
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "kill", "crash", "pause", "join", "leave", "restart", "add_backend", "drain_backend", "crash_backend", "reload", "enter",
-        "partition", "split", "loss", "drain", "undrain", "fail_backend", "mend_backend",
+        "kill", "crash", "pause", "join", "leave", "restart", "upgrade", "add_backend", "drain_backend", "crash_backend", "reload",
+        "enter", "partition", "split", "loss", "drain", "undrain", "fail_backend", "mend_backend",
     ])]
     scenario: Option<PathBuf>,
     #[command(flatten)]
     events: ScenarioArgs,
     /// Change the site at random, as this number decides, one or two changes at a time and never more than the promise covers.
     #[arg(long, value_name = "SEED", conflicts_with_all = [
-        "scenario", "no_events", "direct", "kill", "crash", "pause", "join", "leave", "restart", "add_backend", "drain_backend",
-        "crash_backend", "reload", "enter", "partition", "split", "loss", "drain", "undrain", "fail_backend", "mend_backend",
+        "scenario", "no_events", "direct", "kill", "crash", "pause", "join", "leave", "restart", "upgrade", "add_backend",
+        "drain_backend", "crash_backend", "reload", "enter", "partition", "split", "loss", "drain", "undrain", "fail_backend", "mend_backend",
     ])]
     chaos: Option<u64>,
     /// Draw connections and stalls over time into this file, as SVG; with --chaos only.

@@ -26,6 +26,9 @@ pub enum Action {
     Leave(u32),
     /// SIGKILL, and the same member is started again at once.
     Restart(u32),
+    /// Every member in turn is stopped and started again, each once the members say that one may go: with raw sockets it leaves and
+    /// joins, with XDP it is killed and adopts its tables (docs/operating/upgrade.md).
+    Upgrade,
     /// A backend is added to every member's configuration: one that is not in it, or (`None`) a new one.
     AddBackend(Option<u32>),
     /// A backend gets no new flows.
@@ -71,6 +74,7 @@ impl fmt::Display for Action {
             Self::Join(None) => write!(f, "join"),
             Self::Leave(id) => write!(f, "leave {id}"),
             Self::Restart(id) => write!(f, "restart {id}"),
+            Self::Upgrade => write!(f, "upgrade"),
             Self::AddBackend(Some(id)) => write!(f, "add backend {id}"),
             Self::AddBackend(None) => write!(f, "add a backend"),
             Self::DrainBackend(id) => write!(f, "drain backend {id}"),
@@ -104,6 +108,7 @@ impl Action {
             Self::Join(_) => "join",
             Self::Leave(_) => "leave",
             Self::Restart(_) => "restart",
+            Self::Upgrade => "upgrade",
             Self::AddBackend(_) => "add backend",
             Self::DrainBackend(_) => "drain backend",
             Self::CrashBackend(_) => "crash backend",
@@ -121,7 +126,7 @@ impl Action {
 
     /// The kind of a change that is told in words, as [`fmt::Display`] tells it.
     pub fn kind_of(words: &str) -> Option<&'static str> {
-        const KINDS: [&str; 18] = [
+        const KINDS: [&str; 19] = [
             "kill",
             "crash backend",
             "crash",
@@ -129,6 +134,7 @@ impl Action {
             "join",
             "leave",
             "restart",
+            "upgrade",
             "add backend",
             "drain backend",
             "reload",
@@ -159,6 +165,7 @@ impl Action {
             | Self::Join(_)
             | Self::Leave(_)
             | Self::Restart(_)
+            | Self::Upgrade
             | Self::Partition(..)
             | Self::Split(..)
             | Self::Drain(_)
@@ -249,6 +256,9 @@ pub struct ScenarioArgs {
     /// Kill a member's daemon and start it again at once.
     #[arg(long, value_name = "ID@TIME")]
     pub restart: Vec<When>,
+    /// Stop every member and start it again, one after the other, each once the members say that one may go.
+    #[arg(long, value_name = "TIME")]
+    pub upgrade: Vec<When>,
     /// Add a backend to every member's configuration.
     #[arg(long, value_name = "[ID@]TIME")]
     pub add_backend: Vec<When>,
@@ -290,13 +300,14 @@ pub struct ScenarioArgs {
 impl ScenarioArgs {
     /// The events, in order of time.
     pub fn events(&self) -> Result<Vec<Event>> {
-        let lists: [(&str, &[When]); 18] = [
+        let lists: [(&str, &[When]); 19] = [
             ("kill", &self.kill),
             ("crash", &self.crash),
             ("pause", &self.pause),
             ("join", &self.join),
             ("leave", &self.leave),
             ("restart", &self.restart),
+            ("upgrade", &self.upgrade),
             ("add-backend", &self.add_backend),
             ("drain-backend", &self.drain_backend),
             ("crash-backend", &self.crash_backend),
@@ -325,6 +336,9 @@ fn event(name: &str, when: When) -> Result<Event> {
     if when.length.is_some() && !["pause", "partition", "split", "loss"].contains(&name) {
         bail!("{name} takes no length of time; pause, partition, split and loss do");
     }
+    if name == "upgrade" && when.target.is_some() {
+        bail!("upgrade takes no target: it is for every member in turn; restart takes one");
+    }
     let length = when.length.unwrap_or(DEFAULT_LENGTH);
     let target = when
         .target
@@ -336,6 +350,7 @@ fn event(name: &str, when: When) -> Result<Event> {
         "join" => Action::Join(when.target),
         "leave" => Action::Leave(target?),
         "restart" => Action::Restart(target?),
+        "upgrade" => Action::Upgrade,
         "add-backend" => Action::AddBackend(when.target),
         "drain-backend" => Action::DrainBackend(target?),
         "crash-backend" => Action::CrashBackend(target?),
@@ -352,7 +367,7 @@ fn event(name: &str, when: When) -> Result<Event> {
         "fail-backend" => Action::FailBackend(target?),
         "mend-backend" => Action::MendBackend(target?),
         _ => bail!(
-            "there is no event {name:?}: kill, crash, pause, join, leave, restart, add-backend, drain-backend, \
+            "there is no event {name:?}: kill, crash, pause, join, leave, restart, upgrade, add-backend, drain-backend, \
              crash-backend, fail-backend, mend-backend, reload, enter, partition, split, loss, drain and undrain are"
         ),
     };
@@ -423,6 +438,7 @@ mod tests {
             Action::Join(None),
             Action::Leave(1),
             Action::Restart(1),
+            Action::Upgrade,
             Action::AddBackend(None),
             Action::AddBackend(Some(1)),
             Action::DrainBackend(1),
@@ -465,6 +481,7 @@ mod tests {
             ("[[event]]\nat = \"1s\"\ndo = \"kill\"\ntarget = 1\nfor = \"1s\"\n", "no length"),
             ("[[event]]\nat = \"soon\"\ndo = \"kill\"\ntarget = 1\n", "at"),
             ("[[event]]\nat = \"1s\"\ndo = \"kill\"\ntarget = 1\nwho = 2\n", "who"),
+            ("[[event]]\nat = \"1s\"\ndo = \"upgrade\"\ntarget = 1\n", "every member"),
             ("[[event]]\nat = \"1s\"\ndo = \"loss\"\ntarget = 101\n", "1 to 100"),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());

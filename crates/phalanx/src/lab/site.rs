@@ -28,6 +28,7 @@ use super::{LabOptions, privilege};
 
 mod broken;
 mod chaos;
+mod upgrade;
 
 /// How often the lab looks at the clock, its children and the router.
 const TICK: Duration = Duration::from_millis(10);
@@ -372,6 +373,7 @@ impl Lab {
                 member.start()?;
                 self.scraper.set_interest(index, Interest::Ready);
             }
+            Action::Upgrade => self.upgrade()?,
             Action::AddBackend(id) => {
                 let next = (1..=self.world.backends.len() as u32)
                     .find(|number| self.backends.iter().all(|line| line.number != *number));

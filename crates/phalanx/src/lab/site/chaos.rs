@@ -119,7 +119,7 @@ impl Lab {
     }
 
     /// Waits until every member says that one may go; `false` if the run's time is over before.
-    fn wait_until_protected(&mut self) -> Result<bool> {
+    pub(super) fn wait_until_protected(&mut self) -> Result<bool> {
         let begun = Instant::now();
         let mut lasted = begun;
         let mut asked: Option<Instant> = None;

@@ -51,7 +51,7 @@ use macs::OwnMacs;
 use maps::{Flows, Kind, Maps, now_ms};
 pub use occupant::program_id as attached_program;
 pub use pass::attach_pass;
-pub use pins::{detach, usual_directory};
+pub use pins::{detach, pinned_entries, usual_directory};
 use run::run;
 use scan::{Counted, Scan};
 use writer::{Names, Site, Writer};

@@ -9,6 +9,7 @@ use aya::programs::{ProgramError, ProgramType, Xdp};
 use aya::sys::{BpfHelper, is_helper_supported};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use phalanx_flow::siphash::siphash;
+use phalanx_forwarder::engine::TableLimits;
 
 use crate::abi::{APPLY, ENTRY, SLOTS, STAGES};
 use crate::maps::KEPT;
@@ -111,6 +112,18 @@ fn is_permission(message: &str) -> bool {
     message.contains("Operation not permitted") || message.contains("Permission denied")
 }
 
+/// The maps whose size depends on the configuration, each with its `max_entries`.
+pub fn map_sizes(limits: &TableLimits, slot_blocks: u32) -> [(&'static str, u32); 5] {
+    let limit = |number: usize| u32::try_from(number).unwrap_or(u32::MAX).max(1);
+    [
+        ("FLOWS4", limit(limits.flows)),
+        ("FLOWS6", limit(limits.flows)),
+        ("HALF_OPEN", limit(limits.half_open.div_ceil(SET_FLOWS))),
+        ("CACHE", limit(limits.cached)),
+        ("SLOT_TABLE", slot_blocks * SLOTS),
+    ]
+}
+
 /// Loads the object with tables of the sizes that the configuration names, or by those that are pinned.
 pub(crate) fn load(
     config: &Config,
@@ -128,14 +141,7 @@ pub(crate) fn load(
             (Cow::Owned(bytes), path.display().to_string())
         }
     };
-    let limit = |number: usize| u32::try_from(number).unwrap_or(u32::MAX).max(1);
-    let sizes = [
-        ("FLOWS4", limit(config.limits.flows)),
-        ("FLOWS6", limit(config.limits.flows)),
-        ("HALF_OPEN", limit(config.limits.half_open.div_ceil(SET_FLOWS))),
-        ("CACHE", limit(config.limits.cached)),
-        ("SLOT_TABLE", slot_blocks * SLOTS),
-    ];
+    let sizes = map_sizes(&config.limits, slot_blocks);
     let directory = config.pins.as_deref().map(pins::tables);
     let adopted = match &directory {
         Some(directory) => pins::prepare(directory, &sizes)?,

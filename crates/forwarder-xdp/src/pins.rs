@@ -130,10 +130,8 @@ pub(crate) fn prepare(directory: &Path, sizes: &[(&str, u32)]) -> Result<bool, S
     std::fs::create_dir_all(directory).map_err(failed)?;
     let fits = |name: &str| {
         let wanted = sizes.iter().find(|(sized, _)| *sized == name).map(|(_, size)| *size);
-        let entries =
-            |path: PathBuf| MapData::from_pin(path).ok()?.info().ok().map(|info| info.max_entries());
         // The table of slots may be larger than the services need now.
-        entries(directory.join(name)).is_some_and(|entries| {
+        max_entries(&directory.join(name)).is_some_and(|entries| {
             wanted.is_none_or(|wanted| entries == wanted || name == "SLOT_TABLE" && entries > wanted)
         })
     };
@@ -149,6 +147,16 @@ pub(crate) fn prepare(directory: &Path, sizes: &[(&str, u32)]) -> Result<bool, S
         std::fs::remove_file(directory.join(name)).map_err(failed)?;
     }
     Ok(false)
+}
+
+/// For how many entries the kernel made the map that is pinned there.
+fn max_entries(pin: &Path) -> Option<u32> {
+    MapData::from_pin(pin).ok()?.info().ok().map(|info| info.max_entries())
+}
+
+/// For how many entries the kernel made a map of the forwarder that pins in `pins`; `None`: it has none of that name there.
+pub fn pinned_entries(pins: &Path, map: &str) -> Option<u32> {
+    max_entries(&tables(pins).join(map))
 }
 
 /// Programs that are attached.

@@ -1,5 +1,6 @@
 //! What the kernel's program leaves to user space and what user space finds out about it, with the program in the kernel. Needs root.
 
+mod cache;
 mod interfaces;
 mod packets;
 
@@ -20,7 +21,8 @@ use phalanx_forwarder::conformance::frames::{OUR_MAC, frame};
 use phalanx_forwarder::conformance::world::{OUR_ADDRESS, World, backends, ip};
 use phalanx_forwarder::engine::TableLimits;
 use phalanx_forwarder::{Drop as Reason, Forwarder, RowSet, Upserted};
-use phalanx_forwarder_xdp::{Config, StartError, XdpForwarder};
+use phalanx_forwarder_xdp::object::map_sizes;
+use phalanx_forwarder_xdp::{Config, StartError, XdpForwarder, pinned_entries};
 use phalanx_integration::open_directory;
 use phalanx_netlink::{Mac, Veth};
 use socket2::{Domain, Socket, Type};
@@ -374,6 +376,21 @@ fn half_open_flows_outlive_their_daemon_and_are_told_apart_from_established_ones
     site.forwarder.leave_attached();
     site.forwarder = forwarder(&site.netns, TableLimits { half_open: 2048, ..limits }, Some(pins));
     assert!(site.forwarder.adopted().is_none() && site.known(0..30).is_empty());
+}
+
+/// What a member's configuration says when it says nothing of sizes; `phalanx`'s own tests follow it to here.
+#[test]
+fn the_kernel_makes_the_tables_of_flows_as_large_as_it_is_told() {
+    let keep = open_directory();
+    let file_system = Pins::mount(keep.path()).expect("a BPF file system");
+    let pins = file_system.of(1);
+    let limits = TableLimits { flows: 1_000_000, half_open: 65_536, cached: 3_000 };
+    let _site = start_pinned(limits, Some(pins.clone()));
+    for (name, entries) in map_sizes(&limits, 1).into_iter().filter(|(name, _)| *name != "SLOT_TABLE") {
+        assert_eq!(pinned_entries(&pins, name), Some(entries), "{name}");
+    }
+    assert_eq!(pinned_entries(&pins, "FLOWS4"), Some(1_000_000));
+    assert_eq!(pinned_entries(&pins, "NOTHING"), None);
 }
 
 /// A switch floods what is for a host that it does not know; if members forwarded it, each would forward what the others had forwarded.

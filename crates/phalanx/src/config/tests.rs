@@ -53,6 +53,11 @@ fn good(text: &str) -> Config {
     parse(text).unwrap_or_else(|errors| panic!("{errors:#?}"))
 }
 
+/// The small file with more lines in the forwarder's section.
+pub(crate) fn small(forwarder_lines: &str) -> Config {
+    good(&SMALL.replacen("[forwarder]", &format!("[forwarder]\n{forwarder_lines}"), 1))
+}
+
 /// The only mistake in the small file once `from` is replaced by `to`, as the operator sees it.
 fn mistake(from: &str, to: &str) -> String {
     assert!(SMALL.contains(from), "{from} is not in the small file");

@@ -20,6 +20,19 @@ pub(super) fn pin_directory(config: &Config) -> Option<PathBuf> {
     }
 }
 
+/// The sizes of its tables.
+fn limits(config: &Config) -> TableLimits {
+    TableLimits {
+        flows: config.forwarder.max_flows as usize,
+        half_open: config.forwarder.max_half_open as usize,
+        cached: match config.member.cache {
+            CacheMode::All => TableLimits::default().cached,
+            // Nothing is put into it.
+            CacheMode::Off => 128,
+        },
+    }
+}
+
 /// Starts it with the settings of the configuration.
 pub(super) fn start(config: &Config, plan: Plan) -> anyhow::Result<Started> {
     let forwarder = &config.forwarder;
@@ -32,15 +45,7 @@ pub(super) fn start(config: &Config, plan: Plan) -> anyhow::Result<Started> {
     }
     let settings = Settings {
         interfaces: forwarder.interfaces.clone(),
-        limits: TableLimits {
-            flows: forwarder.max_flows as usize,
-            half_open: forwarder.max_half_open as usize,
-            cached: match config.member.cache {
-                CacheMode::All => TableLimits::default().cached,
-                // Nothing is put into it.
-                CacheMode::Off => 128,
-            },
-        },
+        limits: limits(config),
         data_address: config.member.address,
         pins,
         object: forwarder.bpf_object.clone(),
@@ -54,4 +59,32 @@ pub(super) fn start(config: &Config, plan: Plan) -> anyhow::Result<Started> {
     let handle = Arc::clone(&forwarder);
     let end = Box::new(move |keep: bool| if keep { handle.leave_attached() } else { handle.shutdown() });
     Ok(Started { forwarder, adopted, end })
+}
+
+#[cfg(test)]
+mod tests {
+    use phalanx_forwarder_xdp::object::map_sizes;
+
+    use super::*;
+    use crate::config::tests::small;
+
+    /// What the loader gives these maps as `max_entries`.
+    fn entries<const N: usize>(config: &Config, maps: [&str; N]) -> [u32; N] {
+        let sizes = map_sizes(&limits(config), 1);
+        maps.map(|name| sizes.iter().find(|(map, _)| *map == name).expect("it is sized").1)
+    }
+
+    #[test]
+    fn told_nothing_a_member_has_room_for_a_million_flows_of_each_family() {
+        assert_eq!(entries(&small(""), ["FLOWS4", "FLOWS6"]), [1_000_000; 2]);
+        // Sets of eight.
+        assert_eq!(entries(&small(""), ["HALF_OPEN"]), [65_536 / 8]);
+    }
+
+    #[test]
+    fn the_tables_have_the_room_that_the_configuration_names() {
+        let config = small("max_flows = 5000\nmax_half_open = 4096");
+        assert_eq!(entries(&config, ["FLOWS4", "FLOWS6", "HALF_OPEN"]), [5000, 5000, 512]);
+        assert_eq!(entries(&config, ["CACHE"]), [128], "without `cache` nothing is put there");
+    }
 }

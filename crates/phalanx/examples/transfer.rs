@@ -12,7 +12,8 @@
 //! tables until the last record is acknowledged as applied, by its own log. The second part has `transfer_rate` at its default and half
 //! of the packets that member 1 forwards at most: how many fewer arrive at the backend while a transfer runs.
 //!
-//! Call it with the program to start members with, and optionally the number of rounds and of flows.
+//! Call it with the program to start members with, and optionally the number of rounds, of flows, and `speed` or `forwarding` for one
+//! part alone.
 
 use std::error::Error;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -55,8 +56,17 @@ fn main() -> Result<()> {
     let program = PathBuf::from(arguments.first().ok_or("name the program to start members with")?);
     let rounds = arguments.get(1).map_or(Ok(ROUNDS), |text| text.parse())?;
     let flows = arguments.get(2).map_or(Ok(FLOWS), |text| text.parse())?;
-    speed(&program, rounds, flows)?;
-    forwarding(&program, rounds, flows)
+    let part = arguments.get(3).map(String::as_str);
+    if !matches!(part, None | Some("speed" | "forwarding")) {
+        return Err("the parts are speed and forwarding".into());
+    }
+    if part != Some("forwarding") {
+        speed(&program, rounds, flows)?;
+    }
+    if part != Some("speed") {
+        forwarding(&program, rounds, flows)?;
+    }
+    Ok(())
 }
 
 /// A transfer as fast as it goes, beside the plain stream.

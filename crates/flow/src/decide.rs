@@ -18,6 +18,7 @@ use crate::packet::{Fragment, Packet, PacketKind, tcp_flags};
 use crate::row::Row;
 
 /// A packet handed off this many times is dealt with where it is, so that no views, however different, make a loop (design §4).
+/// Only a SYN whose sender has recorded it goes back to the sender, by one hop more.
 pub const MAX_HOPS: u8 = 2;
 
 /// How a packet came to us.
@@ -393,8 +394,14 @@ impl Roles {
                 return previous.backup();
             }
         }
-        let holder = if self.row.owner() == self.local.slot { self.row.backup() } else { self.row.owner() };
+        let holder = self.holder_with_us();
         if other(holder) { holder } else { MemberSlot::NONE }
+    }
+
+    /// The backup if we are the owner, and else the owner.
+    #[inline(always)]
+    fn holder_with_us(&self) -> MemberSlot {
+        if self.row.owner() == self.local.slot { self.row.backup() } else { self.row.owner() }
     }
 
     /// Whom we, the acting owner, ask for a flow that we do not know: who handed it off because it has it, and else who may hold it.
@@ -551,10 +558,11 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
     let known = tables.flow(&decision.key);
     let acting = roles.acting_owner(tables);
     let theirs = acting != roles.local.slot && acting.is_some() && arrival.hops < MAX_HOPS;
+    let recorded = roles.known && arrival.hops <= MAX_HOPS;
     if let Some(entry) = known
         && entry.flow_state().is_live()
     {
-        if !(entry.flags.has(FlowFlags::FORMER) && theirs) {
+        if !(recorded || entry.flags.has(FlowFlags::FORMER) && theirs) {
             seen(decision, entry, Outcome::Hit, roles, service);
             return;
         }
@@ -563,14 +571,22 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
         // told us of the new one.
         decision.action = Action::Remove;
     }
-    if theirs {
-        decision.verdict = roles.hand_off(tables, acting, arrival, false);
+    if recorded || theirs {
+        let to = if recorded { roles.bypassed } else { acting };
+        decision.verdict = roles.hand_off(tables, to, arrival, false);
         decision.outcome = Outcome::HandedOff;
         return;
     }
     let owns = acting == roles.local.slot && roles.local.leased;
     pick(decision, roles, tables, service, owns, Outcome::New);
     decision.at_once |= known.is_some() || service.replicate_syn;
+    let other = roles.holder_with_us();
+    let knows_it = other != roles.local.slot && roles.usable(tables, other);
+    if known.is_some() && decision.action == Action::Insert && arrival.hops < MAX_HOPS && knows_it {
+        // The other holder knows the connection before. It must not act for us on that when we are lost before we have told it of this one,
+        // as a program whose daemon is dead always is: the SYN itself tells it, and comes back.
+        decision.verdict = roles.hand_off(tables, other, arrival, true);
+    }
 }
 
 /// Steps 3 to 6, for everything that is neither a SYN nor an ICMP error.
@@ -645,11 +661,13 @@ fn other<T: Tables>(
         decision.outcome = Outcome::Asked;
         return;
     }
-    let owns = ours && roles.local.leased;
+    // A connection that nobody knows and that ends here need not be known any more.
+    let ends = matches!(packet.kind, PacketKind::Tcp { flags } if flags & tcp_flags::RST != 0);
+    let owns = ours && roles.local.leased && !ends;
     pick(decision, roles, tables, service, owns, Outcome::Recovered);
     if owns {
         decision.entry.flags = decision.entry.flags.with(FlowFlags::RECOVERED, true);
-    } else if !matches!(decision.verdict, Verdict::Drop(_)) && roles.local.leased {
+    } else if !matches!(decision.verdict, Verdict::Drop(_)) && roles.local.leased && !ends {
         // Its acting owner may record it; we may not.
         decision.entry.flags = decision.entry.flags.with(FlowFlags::RECOVERED, true);
         decision.event = Some(FlowEventKind::Hint);

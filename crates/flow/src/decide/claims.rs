@@ -301,6 +301,43 @@ fn a_connection_that_has_ended_is_for_the_owner_to_know() {
 }
 
 #[test]
+fn a_syn_on_a_used_tuple_makes_the_backup_forget_before_it_reaches_a_backend() {
+    let ended = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });
+    for hops in 0..MAX_HOPS {
+        let owner = World { flow: ended, ..World::of(OWNER) };
+        let new = owner.decide(Arrival { hops, ..Arrival::WIRE }, tcp_flags::SYN);
+        assert_eq!((new.action, new.event), (Action::Insert, Some(FlowEventKind::New)));
+        assert_eq!((new.outcome, new.entry.backend), (Outcome::New, CONSISTENT));
+        let (to, arrival) = handed_on(&new);
+        assert_eq!((to, arrival.known), (BACKUP, true));
+
+        let told = World { flow: ended, ..World::of(BACKUP) }.decide(arrival, tcp_flags::SYN);
+        assert_eq!(told.action, Action::Remove);
+        let (to, arrival) = handed_on(&told);
+        assert_eq!((to, arrival.hops, arrival.known), (OWNER, hops + 2, false));
+        // What lives there may be this connection: the packet has come twice.
+        let lives = World { flow: recorded(), ..World::of(BACKUP) };
+        let kept = lives.decide(handed_on(&new).1, tcp_flags::SYN);
+        assert_eq!((handed_to(&kept), kept.action), (Some(OWNER), Action::Keep));
+
+        let owner = World { flow: Some(new.entry), ..World::of(OWNER) };
+        assert_eq!(owner.decide(arrival, tcp_flags::SYN).verdict, Verdict::Forward(CONSISTENT));
+        // And if the owner is lost before it has told anybody, nobody believes the connection before.
+        let acting = World { suspect: Some(OWNER), ..World::of(BACKUP) };
+        assert_eq!(acting.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(CONSISTENT));
+    }
+    // The twins: nobody to tell, no hop left, and nothing to forget.
+    let forwards = |world: World, hops| {
+        let decision = world.decide(Arrival { hops, ..Arrival::WIRE }, tcp_flags::SYN);
+        assert_eq!(decision.action, Action::Insert);
+        decision.verdict == Verdict::Forward(CONSISTENT)
+    };
+    assert!(forwards(World { flow: ended, suspect: Some(BACKUP), ..World::of(OWNER) }, 0));
+    assert!(forwards(World { flow: ended, ..World::of(OWNER) }, MAX_HOPS));
+    assert!(forwards(World::of(OWNER), 0));
+}
+
+#[test]
 fn who_forwards_for_the_owner_says_so_after_a_quarter_of_the_time_it_would_be_forgotten_in() {
     let after = |state: FlowState, unreported_ms: u64| {
         let entry = recorded().map(|entry| FlowEntry {

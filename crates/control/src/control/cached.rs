@@ -42,7 +42,9 @@ impl Control {
             record.idle_ms = aged(record.idle_ms, kept.at, now);
         }
         kept.at = now;
-        kept.records.extend(cached.into_iter().map(|record| (record.key, record)));
+        // Nobody tells a cache that a tuple is used again: where a connection has ended there, whoever recovers the next one knows better.
+        let live = cached.into_iter().filter(|record| record.state.is_live());
+        kept.records.extend(live.map(|record| (record.key, record)));
         self.with_change(change, |this, change| {
             let change = Change { old: &*kept.base, ..*change };
             let mut records: Vec<Record> = kept.records.values().copied().collect();

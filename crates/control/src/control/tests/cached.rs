@@ -2,9 +2,9 @@
 
 use super::*;
 
-/// Of the flows that members 2 and 3 hold, how many are at their new holders once both are confirmed down, so long after each other; and
-/// how many there were.
-fn saved(between: Duration) -> (usize, usize) {
+/// Of the flows that members 2 and 3 hold, and a cache has in this state, how many are at their new holders once both are confirmed down, so
+/// long after each other; and how many there were.
+fn saved(between: Duration, state: FlowState) -> (usize, usize) {
     let mut site = Site::new(&[1, 2, 3, 4, 5]);
     site.see(&[1, 2, 3, 4, 5], &[], 1, None);
     site.members.get_mut(&5).expect("there").0.settings.cache = true;
@@ -12,7 +12,7 @@ fn saved(between: Duration) -> (usize, usize) {
     site.pass(LINGER + 4 * TICK);
     let lost: Vec<u16> =
         (0..FLOWS).filter(|n| site.holders(*n).iter().all(|id| [2, 3].contains(id))).collect();
-    site.forwarder(5).upsert_cache(&lost.iter().map(|n| record(*n)).collect::<Vec<_>>());
+    site.forwarder(5).upsert_cache(&lost.iter().map(|n| Record { state, ..record(*n) }).collect::<Vec<_>>());
     site.cut = [1, 2, 3, 4, 5].iter().flat_map(|&id| [(2, id), (3, id)]).collect();
     site.see(&[1, 3, 4, 5], &[], 2, None);
     site.pass(between);
@@ -24,10 +24,17 @@ fn saved(between: Duration) -> (usize, usize) {
 
 #[test]
 fn a_cache_gives_the_flows_of_owner_and_backup_that_are_lost_in_one_moment_to_the_new_holders() {
-    let (count, all) = saved(4 * TICK);
+    let (count, all) = saved(4 * TICK, FlowState::Established);
     assert!(all > 2);
     assert_eq!(count, all);
     // The twin: what is lost later has been held by somebody else meanwhile, and nothing is kept for long.
-    let (count, all) = saved(Duration::from_secs(11));
+    let (count, all) = saved(Duration::from_secs(11), FlowState::Established);
     assert!(count < all, "{count} of {all}");
+}
+
+#[test]
+fn a_cache_does_not_offer_connections_that_have_ended() {
+    let (count, all) = saved(4 * TICK, FlowState::Closing);
+    assert!(all > 2);
+    assert_eq!(count, 0);
 }

@@ -50,14 +50,16 @@ async fn exchange(stream: TcpStream, host: &str, path: &str, body: bool) -> io::
         };
         Ok((status, bytes))
     };
-    // The connection makes progress only while it is polled; the answer decides, and dropping the connection closes it.
+    // The connection makes progress only while it is polled; the answer decides, and dropping the connection closes it. Who sends the
+    // first FIN keeps a port in TIME_WAIT: not us.
+    let connection = connection.without_shutdown();
     tokio::pin!(answer, connection);
     tokio::select! {
         biased;
         answer = &mut answer => answer,
         ended = &mut connection => match ended {
             // Everything has arrived: what is left of the answer needs no connection.
-            Ok(()) => answer.await,
+            Ok(_) => answer.await,
             Err(error) => Err(io::Error::other(error)),
         },
     }

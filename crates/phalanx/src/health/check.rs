@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -32,6 +33,10 @@ pub(super) enum Bad {
     },
 }
 
+/// A check's socket lives this much longer. What the backend still sends would meet none, and the kernel's RST for a socket that is gone has
+/// no mark: it goes to the service's address by the router, and reaches the members as a packet of a connection that nobody knows.
+const HELD: Duration = Duration::from_secs(1);
+
 /// Checks over the connection that `connect` makes, all within `timeout`. `host` is the Host header where none is configured.
 pub(super) async fn check(
     kind: &HealthKind,
@@ -43,6 +48,12 @@ pub(super) async fn check(
         let stream = connect.await.map_err(Bad::Connect)?;
         // Closed by a reset: a check every second must not leave ports in TIME_WAIT.
         let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+        if let Ok(held) = stream.as_fd().try_clone_to_owned() {
+            tokio::spawn(async move {
+                tokio::time::sleep(timeout + HELD).await;
+                drop(held);
+            });
+        }
         match kind {
             HealthKind::Tcp => Ok(()),
             HealthKind::Http { path, host: configured, expect_status } => {
@@ -121,6 +132,29 @@ mod tests {
         let address = server("SSH-2.0-x\r\n").await;
         let bad = check(&http(), "h", TIMEOUT, TcpStream::connect(address)).await.unwrap_err();
         assert!(matches!(bad, Bad::Http(_)), "{bad}");
+    }
+
+    #[tokio::test]
+    async fn what_the_backend_still_sends_meets_a_socket_and_the_connection_ends_by_a_reset() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (checked, may_go_on) = tokio::sync::oneshot::channel::<()>();
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut buffer = [0; 512];
+            let _ = stream.read(&mut buffer).await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+            may_go_on.await.unwrap();
+            // The first would be answered by a reset, and the second fail.
+            for _ in 0..2 {
+                stream.write_all(b"late").await.unwrap();
+            }
+            stream.shutdown().await.unwrap();
+            stream.read(&mut buffer).await.unwrap_err().kind()
+        });
+        check(&http(), "h", TIMEOUT, TcpStream::connect(address)).await.unwrap();
+        checked.send(()).unwrap();
+        assert_eq!(server.await.unwrap(), io::ErrorKind::ConnectionReset);
     }
 
     #[tokio::test]

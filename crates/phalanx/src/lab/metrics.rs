@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use serde::de::DeserializeOwned;
 
 use super::netns::Netns;
 
@@ -25,6 +26,12 @@ const MAX_ANSWER_BYTES: u64 = 16 << 20;
 /// Asks the daemon in `netns`; returns status and body.
 pub fn get(netns: &Netns, path: &str) -> Result<(u16, String)> {
     exchange(netns.connect(ADMIN, TIMEOUT)?, path)
+}
+
+/// As [`get`], for an answer in JSON; `None` if there is none, or one that is not what was asked for.
+pub fn ask<T: DeserializeOwned>(netns: &Netns, path: &str) -> Option<T> {
+    let (status, body) = get(netns, path).ok()?;
+    (status == 200).then(|| serde_json::from_str(&body).ok())?
 }
 
 fn exchange(mut stream: TcpStream, path: &str) -> Result<(u16, String)> {

@@ -31,11 +31,8 @@ impl Lab {
             let path = format!("/v1/explain?src={}&dst={}&protocol=tcp", live.source, self.world.target());
             for (index, member) in self.members.iter().enumerate().filter(|(_, member)| member.has_process())
             {
-                let answer = metrics::get(&self.world.members[index].netns, &path)
-                    .ok()
-                    .filter(|(status, _)| *status == 200)
-                    .and_then(|(_, body)| serde_json::from_str::<Explain>(&body).ok());
-                let said = answer.map_or_else(|| "no answer".to_owned(), |explain| sentence(&explain));
+                let answer: Option<Explain> = metrics::ask(&self.world.members[index].netns, &path);
+                let said = answer.as_ref().map_or_else(|| "no answer".to_owned(), sentence);
                 self.say(&format!("  member {}: {said}", member.id));
             }
         }

@@ -187,10 +187,7 @@ impl Lab {
             if !self.scraper.is_ready(index) {
                 return Some(format!("member {id} is not ready"));
             }
-            let ask = |path| match metrics::get(&self.world.members[index].netns, path) {
-                Ok((200, body)) => serde_json::from_str::<serde_json::Value>(&body).ok(),
-                _ => None,
-            };
+            let ask = |path| metrics::ask::<serde_json::Value>(&self.world.members[index].netns, path);
             let (Some(health), Some(view)) = (ask("/healthz"), ask("/v1/members")) else {
                 return Some(format!("member {id} does not answer"));
             };

@@ -271,7 +271,8 @@ impl Membership {
 
     /// Until when this member may own. `None` before the first proof that others hear it, and while the forwarder is not alive.
     ///
-    /// Renewed by every answer to a probe, from the time the probe was sent, and while nobody else is known.
+    /// Renewed by every answer to a probe, from the time the probe was sent, and while nobody else is known, or only such as ask
+    /// to join.
     /// Runs out before the others confirm this member down ([`crate::Timing::lease`]).
     pub fn lease_valid_until(&self) -> Option<Instant> {
         if self.frozen.is_some() || self.departed || self.is_resuming() { None } else { self.lease }
@@ -571,7 +572,12 @@ impl Membership {
         input: impl FnOnce(&mut Swim, &mut Io) -> Result<(), foca::Error>,
     ) -> bool {
         // Its errors are either bad input, which the caller counts, or a probe cycle that lost its timers, from which it recovers.
+        let before = *self.swim.0.identity();
         let good = input(&mut self.swim.0, &mut self.io).is_ok();
+        if before != *self.swim.0.identity() {
+            // With another identity foca 2.0.0 probes nobody until it hears from somebody. If those it holds to be up are gone, nobody speaks.
+            drop(self.swim.0.apply_many(std::iter::empty(), false, &mut self.io));
+        }
         let io = std::mem::take(&mut self.io);
         for (number, to) in io.pings {
             self.pings.push_back(Ping { number, to, at: now });

@@ -241,6 +241,63 @@ fn who_was_isolated_comes_back_without_shaking_the_others() {
     }
 }
 
+#[test]
+fn who_is_left_alone_owns_though_somebody_asks_to_join() {
+    for active in [false, true] {
+        let mut cluster = settled(2, 1);
+        cluster.ready = false;
+        cluster.kill(1);
+        cluster.run_for(Duration::from_millis(1_900));
+        let leased = |cluster: &Cluster| {
+            cluster.membership(0).unwrap().lease_valid_until().is_some_and(|until| until > cluster.now())
+        };
+        assert!(!leased(&cluster), "the other may live, and hold this one to be down");
+        if active {
+            // The twin: it comes with the tables it had.
+            cluster.start(1, Config { resume: true, ..adopted(2) }).unwrap();
+        } else {
+            cluster.start(1, reborn(2)).unwrap();
+        }
+        // Too short for a probe and its answer.
+        let known = cluster.run_until(Duration::from_millis(90), |cluster| {
+            let view = cluster.membership(0).unwrap().view();
+            view.get(MemberId(2)).is_some_and(|other| other.known && !other.suspected)
+        });
+        assert!(known.is_some());
+        assert_eq!(leased(&cluster), !active);
+    }
+}
+
+#[test]
+fn who_is_left_alone_says_hello_at_once() {
+    for seed in 0..20 {
+        let mut cluster = settled(2, seed);
+        // It is back just after the other has confirmed it down.
+        cluster.stall(0, Duration::from_millis(2_400));
+        cluster.run_for(Duration::from_millis(2_400));
+        assert!(said(&cluster, [1], down), "seed {seed}");
+        let took = settles(&mut cluster, 10 * SECOND);
+        assert!(took < Duration::from_millis(1_200), "seed {seed}: {took:?}");
+    }
+}
+
+/// It is told that it was held to be down, takes another identity, and nobody is there any more to say a word to it.
+#[test]
+fn who_wakes_when_the_last_other_member_is_gone_finds_that_out() {
+    for seed in 0..20 {
+        let mut cluster = settled(2, seed);
+        cluster.stall(0, 9 * SECOND);
+        cluster.run_for(4 * SECOND);
+        assert!(said(&cluster, [1], down), "seed {seed}");
+        cluster.kill(1);
+        cluster.run_for(5 * SECOND);
+        let took = cluster.run_until(30 * SECOND, Cluster::is_settled);
+        assert!(took.is_some_and(|took| took < 4 * SECOND), "seed {seed}: {took:?}");
+        let generation = cluster.membership(0).unwrap().identity().generation;
+        assert!(generation > 0, "seed {seed}: it was told");
+    }
+}
+
 /// The word of the suspicion is said no more when the network heals, so who hears the suspect must tell it.
 #[test]
 fn who_was_cut_off_for_less_than_the_confirmation_time_is_believed_at_once() {

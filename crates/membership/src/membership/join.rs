@@ -370,7 +370,7 @@ impl Membership {
         }
     }
 
-    fn hello_soon(&mut self, now: Instant) {
+    pub(super) fn hello_soon(&mut self, now: Instant) {
         let known = self.tasks.iter().find(|(_, task)| matches!(task, Task::Hello)).map(|(key, _)| *key);
         if let Some(key) = known {
             self.tasks.remove(&key);

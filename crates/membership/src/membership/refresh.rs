@@ -28,8 +28,13 @@ impl Membership {
                 break;
             }
         }
-        // Nobody else knows of anything: nobody else will own what we own.
-        if self.view.members.len() == 1 && self.state == MemberState::Active && self.frozen.is_none() {
+        // Nobody else knows of anything: nobody else will own what we own. Who asks to join has nothing yet.
+        let own = self.config.id;
+        let is_new = |member: &MemberView| member.known && member.state == MemberState::Joining;
+        if self.view.members.iter().all(|member| member.id == own || is_new(member))
+            && self.state == MemberState::Active
+            && self.frozen.is_none()
+        {
             self.lease = Some(now + self.config.timing.lease);
         }
     }
@@ -39,7 +44,7 @@ impl Membership {
         let changed = self.board.lock().take_changed();
         let before = (self.view.digest, self.view.distrusts_itself, self.view.pending);
         if signature != self.signature || self.rebuild {
-            self.rebuild(signature);
+            self.rebuild(now, signature);
         } else if changed.is_empty() {
             return;
         } else {
@@ -68,10 +73,12 @@ impl Membership {
         self.compare_backends();
     }
 
-    fn rebuild(&mut self, signature: u64) {
+    fn rebuild(&mut self, now: Instant, signature: u64) {
         self.signature = signature;
         if self.view.members.len() > 1 && self.swim.0.num_members() == 0 && !self.departed {
             self.forget_everyone();
+            // To whoever it was that went, and may be back: the next hello was to go to one of many, some time.
+            self.hello_soon(now);
             self.signature = swim::signature(&self.swim.0);
         }
         self.rebuild = false;

@@ -7,8 +7,8 @@ use phalanx_flow::{FlowFlags, FlowKey, MemberId, Record};
 
 use super::ending::IDLE_SLACK_MS;
 use super::{
-    Apply, ApplyBatch, ApplyResult, Control, Event, Frame, Held, Item, LOCAL_BATCH, Lookup, MAX_INBOUND,
-    PeerError, Refusal, Replicator, Unprotected,
+    Apply, ApplyBatch, ApplyResult, Control, Event, Frame, Held, Holders, Item, LOCAL_BATCH, Lookup,
+    MAX_INBOUND, PeerError, Refusal, Replicator, Unprotected,
 };
 
 /// What follows when one change was applied.
@@ -445,6 +445,10 @@ impl Replicator {
             return;
         }
         let backups = self.backups_of_own(&record.key);
+        if let Some(flow) = self.unprotected.get_mut(&record.key) {
+            // It has taken the place of what was counted.
+            flow.version = (record.birth, record.update);
+        }
         let missing = backups.map(|backup| backup.filter(|&to| to != from));
         if missing.iter().any(Option::is_some) {
             let version = (record.birth, record.update);
@@ -452,7 +456,10 @@ impl Replicator {
         } else if backups.contains(&Some(from)) {
             self.note_held(from, version(&record));
         }
-        for to in holders.into_iter().flatten().filter(|&to| to != from) {
+        // What we sent ahead was without it.
+        let ahead = if holders[0] == local { self.pending_holders(&record.key) } else { Holders::default() };
+        let ahead = ahead.into_iter().flatten().filter(|to| !holders.contains(&Some(*to)));
+        for to in holders.into_iter().flatten().chain(ahead).filter(|&to| to != from) {
             self.push(to, Item::Associate { record, cache: false });
         }
     }

@@ -657,6 +657,57 @@ fn a_planned_change_is_ready_before_it_is_in_force_and_costs_nothing_then() {
     }
 }
 
+/// One change follows another: what an owner inherits it may get only when it has sent ahead what it had.
+#[test]
+fn what_an_owner_is_sent_while_a_change_is_planned_goes_on_to_the_next_holders() {
+    for owns in [true, false] {
+        let mut world = World::new(&[1, 2, 3]);
+        world.ranking = Arc::new(TestRanking::by_hand(&[if owns { [1, 2] } else { [3, 1] }]));
+        let pending: Arc<dyn crate::Ranking> = Arc::new(TestRanking::by_hand(&[[4, 2]]));
+        world.start(4);
+        let live = world.live();
+        for id in 1..=4 {
+            let view = ViewInput { pending: Some(Arc::clone(&pending)), ..world.view(None, &live) };
+            world.set_view(id, view);
+        }
+        let sent =
+            TransferPlan { holders: [(MemberId(1), vec![record(1, 1)])].into(), ..TransferPlan::default() };
+        world.disconnect(1, 3);
+        let now = world.now;
+        world.node(2).replicator.begin_transfer(now, sent);
+        world.settle();
+        assert!(world.has(1).contains(&1));
+        assert_eq!(world.has(1).contains(&4), owns, "the twin: a backup leaves that to the owner");
+    }
+}
+
+#[test]
+fn a_guess_that_another_record_has_replaced_is_not_counted_for_ever() {
+    let mut world = World::new(&[1, 2]);
+    world.ranking = Arc::new(TestRanking::by_hand(&[[1, 0]]));
+    let alone = [MemberId(1)].into();
+    let view = world.view(None, &alone);
+    world.set_view(1, view);
+    let guess = Record { birth: 0, flags: FlowFlags(FlowFlags::RECOVERED), ..record(1, 1) };
+    let now = world.now;
+    world.node(1).table.flows.insert(guess.key, (guess, now));
+    world.event(1, FlowEventKind::New, false, guess);
+    world.settle();
+    assert_eq!(world.node(1).replicator.unprotected(), 1, "there is no backup");
+    // Somebody who was cut off has it from its SYN.
+    let known = record(1, 1);
+    let sent = TransferPlan { holders: [(MemberId(1), vec![known])].into(), ..TransferPlan::default() };
+    let now = world.now;
+    world.node(2).replicator.begin_transfer(now, sent);
+    world.settle();
+    assert_eq!(world.record(1, 1).map(|held| held.birth), Some(known.birth));
+    world.advance(Duration::from_secs(900));
+    world.expired(1, 1);
+    world.settle();
+    assert!(!world.has(1).contains(&1));
+    assert_eq!(world.node(1).replicator.unprotected(), 0);
+}
+
 #[test]
 fn what_waits_for_the_next_backup_is_unprotected_once_it_is_the_backup() {
     let mut world = World::new(&[1, 2]);

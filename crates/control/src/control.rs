@@ -581,9 +581,12 @@ impl Control {
     }
 
     /// The window closes when every active member has gossiped the new digest, our transfers are done, and one linger has passed; not
-    /// while somebody is suspected, who may be lost with all that holders have: then what former ones have is all there is.
+    /// while somebody is suspected, who may be lost with all that holders have, or nobody ranks: then what former ones have is all there is.
     fn close_window_if_due(&mut self, now: Instant) {
         let Some(opened) = self.window_opened else { return };
+        if self.view.ranked().next().is_none() {
+            return;
+        }
         if now.duration_since(opened) < self.linger || self.transferring || !self.everybody_switched() {
             return;
         }

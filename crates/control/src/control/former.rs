@@ -58,6 +58,8 @@ impl Control {
             self.generation = generation;
             self.set_former(&RowSet::All, true);
             self.doubted_since = Some(now);
+            // Those that took our rows meanwhile may have recorded what we know better.
+            self.compare_soon(now);
         } else if self.doubted_since.is_some() && self.is_alone() {
             self.doubted_since = Some(now);
         }
@@ -110,16 +112,19 @@ impl Control {
 
     /// Drops the entries that no table gives us, neither the current one, nor the pending one, nor one before; says how many.
     pub(super) fn drop_former(&mut self, now: Instant) -> usize {
-        if let Some(until) = self.strangers_until.filter(|until| *until > now) {
-            self.sweep_at = Some(until);
-            return 0;
-        }
         let mut former = Vec::new();
         self.forwarder.visit(&RowSet::All, &mut |record| {
             if !self.is_ours(&record.key) {
                 former.push((record.key, record.birth));
             }
         });
+        if let Some(until) = self.strangers_until.filter(|until| *until > now) {
+            self.sweep_at = Some(until);
+            // What stays meanwhile nobody tells us of: a table that has just ceased to count may have given it to us.
+            let keys: Vec<FlowKey> = former.into_iter().map(|(key, _)| key).collect();
+            self.forwarder.set_former(&keys, true);
+            return 0;
+        }
         for (key, birth) in &former {
             self.forwarder.remove(key, *birth, Duration::ZERO);
         }

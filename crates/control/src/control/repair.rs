@@ -249,10 +249,15 @@ impl Control {
         false
     }
 
-    /// Another table is in force: who was asked may hold the rows no more, and what fell between the two is looked for soon.
+    /// Another table is in force: who was asked may hold the rows no more.
     pub(super) fn table_changed(&mut self, now: Instant) {
         self.repair.doubtful.clear();
         self.repair.farewell = None;
+        self.compare_soon(now);
+    }
+
+    /// What fell between two tables, or came while we were away, is looked for soon.
+    pub(super) fn compare_soon(&mut self, now: Instant) {
         let soon = now + AFTER_CHANGE;
         self.repair.next = Some(self.repair.next.map_or(soon, |next| next.min(soon)));
     }

@@ -143,6 +143,62 @@ fn entries_that_no_table_gives_us_go_though_no_table_has_changed() {
     assert_eq!(site.held(), usize::from(FLOWS), "what it holds stays, and the rest has gone");
 }
 
+#[test]
+fn while_nobody_ranks_what_former_holders_have_stays() {
+    for nobody in [true, false] {
+        let mut site = Site::new(&[1, 2]);
+        site.see(&[1, 2], &[], 1, None);
+        site.pass(LINGER + 4 * TICK);
+        site.open();
+        let mut view = View::clone(site.members[&1].0.view());
+        view.digest = Digest(2);
+        for member in &mut view.members {
+            member.view_digest = Digest(2);
+            if nobody || member.id == MemberId(2) {
+                member.metadata = Arc::new(Metadata { weight: 0, ..Metadata::default() });
+            }
+        }
+        let (now, view) = (site.now, Arc::new(view));
+        for id in [1, 2] {
+            site.control(id).handle_view(now, Arc::clone(&view));
+        }
+        site.settle();
+        site.pass(2 * LINGER);
+        let kept = (0..FLOWS).filter(|n| site.has(2, *n)).count();
+        assert_eq!(kept, if nobody { usize::from(FLOWS) } else { 0 }, "the twin: one still ranks");
+        site.see(&[1, 2], &[], 3, None);
+        site.pass(LINGER + 4 * TICK);
+        assert_eq!(site.held(), usize::from(FLOWS));
+    }
+}
+
+/// What came late, for a table that counted still, stays when that table counts no more: other strangers do.
+#[test]
+fn what_is_left_over_when_the_window_closes_is_not_believed() {
+    let mut site = Site::new(&[1, 2, 3]);
+    site.see(&[1, 2], &[], 1, None);
+    site.pass(LINGER + 4 * TICK);
+    let before: Vec<[u32; 2]> = (0..FLOWS).map(|n| site.holders(n)).collect();
+    site.see(&[1, 2, 3], &[], 2, None);
+    let lost: Vec<u16> = (0..FLOWS).filter(|n| !site.holders(*n).contains(&1)).collect();
+    assert!(lost.len() > 10 && lost.iter().all(|n| before[usize::from(*n)].contains(&1)));
+    for n in 0..FLOWS {
+        site.forwarder(1).upsert(&[record(n)]);
+    }
+    site.pass(LINGER - 4 * TICK);
+    assert!(lost.iter().all(|n| !site.is_former(1, *n)), "a table that counts gives them");
+    // Something has come that no table gives it.
+    let now = site.now;
+    site.control(1).strangers_until = Some(now + STRANGERS_STAY);
+    site.pass(8 * TICK);
+    assert!(!site.members[&1].0.window_open());
+    assert!(lost.iter().all(|n| site.has(1, *n) && site.is_former(1, *n)));
+    let held = (0..FLOWS).filter(|n| site.holders(*n).contains(&1)).all(|n| !site.is_former(1, n));
+    assert!(held, "the twin: what it holds is believed");
+    site.pass(STRANGERS_STAY);
+    assert!(lost.iter().all(|n| !site.has(1, *n)));
+}
+
 /// 20 flows of member 1 with 2 as backup, and which of them 2 holds. Member 2 has no room for the others.
 fn half_held(site: &Site) -> (Vec<u16>, Vec<u16>) {
     let table = site.table();

@@ -73,3 +73,30 @@ fn doubts_last_while_nobody_is_there_to_resolve_them() {
     site.pass(LINGER + DOUBTS_LAST);
     assert_eq!(site.doubted(), 0);
 }
+
+#[test]
+fn who_comes_back_compares_what_it_has_with_who_took_its_rows() {
+    for generation in [0, 1] {
+        let mut site = site();
+        // Just after a comparison.
+        site.pass(REPAIR_EVERY);
+        let owned = |n: &u16| site.holders(*n) == [1, 2];
+        let owned: Vec<u16> = (0..FLOWS).filter(owned).collect();
+        assert!(owned.len() > 10);
+        for &n in &owned {
+            let guess = Record {
+                birth: record(n).birth + 1_000,
+                flags: FlowFlags(FlowFlags::RECOVERED),
+                ..record(n)
+            };
+            site.forwarder(2).remove(&key(n), 0, Duration::ZERO);
+            site.forwarder(2).upsert(&[guess]);
+        }
+        site.renew(generation);
+        site.pass(Duration::from_secs(4));
+        let known =
+            |n: &&u16| site.forwarder(2).get(&key(**n)).is_some_and(|held| held.birth == record(**n).birth);
+        let known = owned.iter().filter(known).count();
+        assert_eq!(known, if generation > 0 { owned.len() } else { 0 }, "the twin: at the next comparison");
+    }
+}

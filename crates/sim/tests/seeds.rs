@@ -82,7 +82,7 @@ fn without_replication_connections_break_that_otherwise_do_not() {
 fn every_planted_fault_is_caught() {
     // Where to look first for what few seeds show; where it is not found there, all are searched (docs/testing.md has the table).
     let promising = [
-        (Fault::CacheUsedForSyn, 127),
+        (Fault::CacheUsedForSyn, 177),
         (Fault::RecoveredOverwrites, 65),
         (Fault::BootTakenForRefutation, 130),
         (Fault::NoWindow, 17),

@@ -61,17 +61,23 @@ impl Checker for Diverts {
         {
             return;
         }
+        // Who has just come, nobody may have heard of yet.
+        let lives = |node: usize| {
+            let node = &world.nodes[node];
+            node.runs() && world.now.saturating_sub(node.steady_since) >= diverted
+        };
         // Who suspects half of the others or more distrusts itself instead.
         let known = process.last_view.members.iter().filter_map(|member| world.node_of(member.id));
         let (mut count, mut dead) = (0_usize, 0_usize);
         for node in known {
             count += 1;
-            dead += usize::from(!world.nodes[node].runs());
+            dead += usize::from(!lives(node));
         }
         let key = &ruling.decision.key;
         let row = plan.plan.rows[plan.plan.row_function.row_of(key, ruling.decision.hash) as usize];
         let next = [row.owner(), row.backup()].into_iter().filter_map(node_of).find(|node| *node != to);
-        let lives = next.is_some_and(|node| world.nodes[node].runs());
+        // Who hands off is no other holder while it has no lease.
+        let lives = next.is_some_and(|node| lives(node) && (node != ruling.node || forwarder.is_leased()));
         if lives && dead * 2 < count.saturating_sub(1) {
             findings.violate(format!(
                 "m{} hands flow {} off to m{}, which is silent for {silent:?}",

@@ -6,9 +6,11 @@ use phalanx_control::TableRanking;
 use phalanx_flow::{FlowFlags, FlowState, Record};
 use phalanx_rebalancer::Ranking as _;
 
+use super::sticky::REPLICATED;
 use super::{Checker, Findings};
 use crate::world::World;
 use crate::world::node::backend_number;
+use crate::world::traffic::Phase;
 
 /// See the module's doc.
 #[derive(Debug)]
@@ -31,9 +33,21 @@ impl Checker for Held {
             return;
         };
         for (number, flow) in world.flows.iter().enumerate() {
-            // What was opened a moment ago may be on its way; what was lost and found again is a recovered one.
+            // What was opened, or changed, a moment ago may be on its way; what was lost and found again is a recovered one.
             let old = flow.established.is_some_and(|at| world.now.saturating_sub(at).as_secs() >= 2);
-            if !flow.is_live() || !old || flow.excused || flow.guessed || world.settings.cramped.is_some() {
+            let told = world.now.saturating_sub(flow.changed) >= REPLICATED;
+            // What nobody with a daemon has seen for so long is over, as far as members can know.
+            let life =
+                if flow.phase == Phase::HalfClosed { world.settings.linger } else { world.settings.idle };
+            let over = world.now.saturating_sub(flow.forwarded) > life;
+            if !flow.is_live()
+                || !old
+                || !told
+                || over
+                || flow.excused
+                || flow.guessed
+                || world.settings.cramped.is_some()
+            {
                 continue;
             }
             let held: Vec<(usize, Record)> = world

@@ -7,7 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use phalanx_flow::{FlowKey, FlowState};
+use phalanx_flow::{FlowKey, FlowState, Record};
+use phalanx_membership::MemberView;
 
 use super::{Checker, Findings};
 use crate::schedule::Change;
@@ -17,7 +18,7 @@ use crate::world::node::backend_number;
 use crate::world::traffic::Phase;
 
 /// How long replication of one flow may take where all is well.
-const REPLICATED: Duration = Duration::from_millis(500);
+pub(super) const REPLICATED: Duration = Duration::from_millis(500);
 
 /// How long after a change a second holder may still be missing: detection, confirmation, transfer.
 const RESTORED: Duration = Duration::from_millis(7_500);
@@ -57,14 +58,16 @@ fn holders(world: &World, flow: usize) -> BTreeSet<usize> {
     world
         .running()
         .filter(|node| {
-            let record = world.nodes[*node]
-                .forwarder
-                .as_ref()
-                .and_then(|forwarder| phalanx_forwarder::Forwarder::get(&**forwarder, &entry.key));
-            record.is_some_and(|record| Some(backend_number(&record.backend)) == entry.backend)
+            record(world, *node, &entry.key)
+                .is_some_and(|record| Some(backend_number(&record.backend)) == entry.backend)
                 && is_to_hold(world, *node, &entry.key)
         })
         .collect()
+}
+
+fn record(world: &World, node: usize, key: &FlowKey) -> Option<Record> {
+    let forwarder = world.nodes[node].forwarder.as_ref()?;
+    phalanx_forwarder::Forwarder::get(&**forwarder, key)
 }
 
 /// Whether the table that is in force at `node` gives it the flow.
@@ -97,14 +100,18 @@ fn last_heard_of(world: &World, packet: &Packet) -> Duration {
     told.map(|(_, (_, at))| *at).fold(flow.forwarded, Duration::max)
 }
 
-/// For each member, which members it exchanges packets with.
-fn reach(world: &World) -> Vec<BTreeSet<usize>> {
+/// For each member, which members it exchanges packets with, or would if it did not stand still; itself among them.
+///
+/// Who was `apart` reaches another when it has admitted it: before that, neither asks the other for anything.
+fn reach(world: &World, apart: bool) -> Vec<BTreeSet<usize>> {
     (0..world.nodes.len())
         .map(|from| {
-            if !world.nodes[from].runs() {
-                return BTreeSet::new();
-            }
-            world.running().filter(|to| world.linked(from, *to)).collect()
+            let Some(process) = &world.nodes[from].process else { return BTreeSet::new() };
+            let knows = |to: &usize| {
+                let known = process.last_view.get(world.nodes[*to].id);
+                !apart || known.is_some_and(MemberView::is_in_force)
+            };
+            world.running().filter(|to| world.linked(from, *to) && knows(to)).chain([from]).collect()
         })
         .collect()
 }
@@ -114,6 +121,10 @@ fn is_trouble(change: &Change) -> bool {
 }
 
 impl Sticky {
+    fn were_apart(&self, world: &World) -> bool {
+        self.apart.is_some_and(|(_, until)| until >= world.now)
+    }
+
     /// Who is out of somebody's reach now may have recorded a SYN of the connection a moment ago, and told nobody yet.
     fn note_opening(&mut self, world: &World, flow: usize, after: &[BTreeSet<usize>]) {
         let lost_some =
@@ -130,20 +141,29 @@ impl Sticky {
         for (number, flow) in world.flows.iter().enumerate().filter(|(_, flow)| flow.backend.is_some()) {
             if (0..world.nodes.len()).any(|node| found_no_room(world, node, &flow.key, flow.backend)) {
                 self.roomless.insert(number, flow.life);
-            } else if holders(world, number).len() > 1 {
-                self.roomless.remove(&number);
+            } else {
+                // Who has it as half-open forgets it soon.
+                let held = holders(world, number);
+                let open = held.iter().filter(|node| {
+                    let record = record(world, **node, &flow.key);
+                    record.is_some_and(|record| record.state != FlowState::HalfOpen)
+                });
+                if open.count() > 1 {
+                    self.roomless.remove(&number);
+                }
             }
         }
     }
 
-    /// Whether the connection was opened while members were apart, and has come to such as have not heard of it.
+    /// Whether the connection was opened, or is being opened, while members were apart, and was forwarded by one that has not heard of it.
     fn is_unheard_of(&self, world: &World, packet: &Packet) -> bool {
         let Some((since, until)) = self.apart else { return false };
         let held = holders(world, packet.flow);
-        let opened = world.flows[packet.flow].established;
-        opened.is_some_and(|at| at + REPLICATED >= since)
+        // The backend may not have heard yet that it is open.
+        let opened = world.flows[packet.flow].established.unwrap_or(world.now);
+        opened + REPLICATED >= since
             && until >= world.now
-            && !packet.path.iter().any(|node| held.contains(&usize::from(*node)))
+            && packet.path.last().is_some_and(|node| !held.contains(&usize::from(*node)))
     }
 }
 
@@ -153,14 +173,14 @@ impl Checker for Sticky {
     }
 
     fn changing(&mut self, world: &World, _: &Change, _: &mut Findings) {
-        self.reach = reach(world);
+        self.reach = reach(world, self.were_apart(world));
         if world.settings.cramped.is_some() {
             self.note_roomless(world);
         }
     }
 
     fn changed(&mut self, world: &World, change: &Change, findings: &mut Findings) {
-        let after = reach(world);
+        let after = reach(world, self.were_apart(world));
         self.lost.resize(world.flows.len(), None);
         let calm = world.now.saturating_sub(self.trouble) >= RESTORED * world.settings.slowness()
             && !world.is_troubled();

@@ -12,6 +12,7 @@ use super::World;
 use super::event::Event;
 use super::node;
 use crate::faults::{self, Fault};
+use crate::schedule::Change;
 use crate::settings::Balancer;
 
 /// The daemon's control task looks at its forwarder this often; here only when something waits there, and else every [`idle_tick`](crate::settings::Settings::idle_tick).
@@ -280,7 +281,19 @@ impl World {
             }
             MemberEvent::Left => {
                 self.tell(|| format!("m{name} has left"));
+                // With nobody there to be given anything it is gone as it would be in a crash.
+                let id = self.nodes[at].id;
+                let alone = self.nodes[at].process.as_ref().is_some_and(|process| {
+                    process.last_view.members.iter().all(|other| other.id == id || !other.is_in_force())
+                });
+                let gone = Change::Leave(at);
+                if alone {
+                    self.check(|checker, world, findings| checker.changing(world, &gone, findings));
+                }
                 self.end_daemon(at, true);
+                if alone {
+                    self.check(|checker, world, findings| checker.changed(world, &gone, findings));
+                }
                 let life = self.nodes[at].life;
                 self.push_in(ROUTE_WITHDRAWN, Event::RouterSees { node: at, up: false, life });
             }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_control::SharedTables;
 use phalanx_flow::decide::{Decision, Outcome};
-use phalanx_flow::{Arrival, FlowKey, MemberId, Verdict};
+use phalanx_flow::{Arrival, FlowEventKind, FlowKey, MemberId, Verdict};
 use rand::RngExt as _;
 use rand::rngs::StdRng;
 
@@ -399,6 +399,10 @@ impl World {
         let decision = forwarder.rule(&parsed, arrival);
         if decision.event.is_some() {
             self.tick_soon(node);
+        }
+        if matches!(decision.event, Some(FlowEventKind::New | FlowEventKind::Changed | FlowEventKind::Cached))
+        {
+            self.flows[packet.flow].changed = self.now;
         }
         let in_time = self.nodes.iter().all(|node| node.slow.is_zero());
         let apart = self.is_noisy() && self.running().any(|other| !self.linked(node, other));

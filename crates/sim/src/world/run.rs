@@ -258,7 +258,8 @@ impl World {
             if view.pending.is_some() {
                 return Some(format!("m{name} knows of a change that is planned"));
             }
-            if process.control.window_open() {
+            // While nobody ranks none closes.
+            if process.control.window_open() && self.ranked() > 0 {
                 return Some(format!("m{name} has its handover window open"));
             }
             if process.control.is_sweeping() {

@@ -83,7 +83,9 @@ pub struct Flow {
     pub guessed: bool,
     /// When a member with a daemon last forwarded a packet of it by what it knew.
     pub forwarded: Duration,
-    /// The same for members that were cut off from others and could not tell: by place, in which life, and when.
+    /// When a member last had to tell others of a change of its state.
+    pub changed: Duration,
+    /// As [`Self::forwarded`], for members that were cut off from others and could not tell: by place, in which life, and when.
     pub unheard: BTreeMap<usize, (u64, Duration)>,
     /// Its backend died.
     pub orphaned: bool,
@@ -161,6 +163,7 @@ impl World {
                 lost: false,
                 guessed: false,
                 forwarded: self.now,
+                changed: self.now,
                 unheard: BTreeMap::new(),
                 orphaned: false,
                 waiting_since: None,
@@ -446,6 +449,10 @@ impl World {
         if entry.life != life || entry.broken {
             return;
         }
+        // It answered and died.
+        entry.orphaned |= entry.phase == Phase::Opening
+            && reply != Reply::Reset
+            && self.backends.get(backend).is_some_and(|server| !server.alive);
         match reply {
             Reply::SynAck => {
                 if entry.phase == Phase::Open && entry.backend == Some(backend) {

@@ -289,8 +289,8 @@ impl Control {
         }
         if resumed.is_some() {
             // The earlier process may have died before it told anybody.
-            self.find_missed(now);
             self.to_tell_seen = true;
+            self.find_missed(now);
         }
         self.tell_seen_if_due(now);
         (self.change, _) = self.change.after(now, Happening::Pending(view.pending));
@@ -693,6 +693,8 @@ impl Control {
             return;
         }
         self.to_tell_seen = false;
+        // Who was looked for what had changed when nobody else was in the view told nobody.
+        self.find_missed(now);
         let mut seen = Vec::new();
         self.forwarder.visit(&RowSet::All, &mut |record| {
             if record.birth != 0 && matches!(record.state, FlowState::Established | FlowState::Closing) {

@@ -1,5 +1,6 @@
 //! *Diverts*: who died or stands still gets no more packets from the others soon after, long before anybody may confirm that it is down.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use phalanx_flow::decide::Outcome;
@@ -14,6 +15,8 @@ use crate::world::{Ruling, World};
 pub struct Diverts {
     /// When messages among members were last lost or late.
     noise: Option<Duration>,
+    /// Since when members distrust themselves, by their place.
+    distrusting: BTreeMap<usize, Duration>,
 }
 
 /// From a member's last sign of life until all others suspect it and send its packets to the next in their rows.
@@ -39,6 +42,13 @@ impl Checker for Diverts {
         if world.is_noisy() {
             self.noise = Some(world.now);
         }
+        for (node, member) in world.nodes.iter().enumerate() {
+            if member.process.as_ref().is_some_and(|process| process.last_view.distrusts_itself) {
+                self.distrusting.entry(node).or_insert(world.now);
+            } else {
+                self.distrusting.remove(&node);
+            }
+        }
     }
 
     fn ruled(&mut self, world: &World, ruling: &Ruling<'_>, findings: &mut Findings) {
@@ -59,6 +69,11 @@ impl Checker for Diverts {
         let (diverted, quiet) = (DIVERTED * world.settings.slowness(), QUIET * world.settings.slowness());
         if silent < diverted || steady < diverted || self.noise.is_some_and(|noise| world.now < noise + quiet)
         {
+            return;
+        }
+        // A lost probe or two, and it suspects another one until that has said that it lives.
+        let since = self.distrusting.get(&ruling.node).copied().unwrap_or(world.now);
+        if process.last_view.distrusts_itself && world.now.saturating_sub(since) < diverted {
             return;
         }
         // Who has just come, nobody may have heard of yet.

@@ -392,6 +392,35 @@ fn what_a_forwarder_saw_without_a_daemon_is_told_to_the_owners_when_they_are_met
 }
 
 #[test]
+fn what_changed_without_a_daemon_is_told_once_somebody_is_there_to_be_told() {
+    for resumed in [false, true] {
+        let mut site = Site::new(&[1, 2]);
+        site.see(&[1, 2], &[], 1, None);
+        site.pass(LINGER + 4 * TICK);
+        site.open();
+        let ours = flows(|n| *n < FLOWS && site.holders(*n) == [1, 2], 10);
+        for &n in &ours {
+            // The program saw a FIN.
+            site.forwarder(2).upsert(&[Record { state: FlowState::Closing, update: 2, ..record(n) }]);
+        }
+        let now = site.now;
+        let control = site.control(2);
+        control.resumed = resumed.then_some(1);
+        let mut alone = View::clone(control.view());
+        alone.members.retain(|member| member.id == MemberId(2));
+        alone.members[0].state = MemberState::Joining;
+        control.handle_view(now, Arc::new(alone));
+        site.see(&[1, 2], &[], 1, None);
+        site.pass(TICK);
+        let told = |n: &&u16| {
+            let held = site.forwarder(1).get(&key(**n));
+            held.is_some_and(|held| held.state == FlowState::Closing)
+        };
+        assert_eq!(ours.iter().filter(told).count(), if resumed { ours.len() } else { 0 });
+    }
+}
+
+#[test]
 fn who_leaves_gives_what_its_holders_lack_before_it_goes() {
     let mut site = Site::new(&[1, 2, 3]);
     site.see(&[1, 2, 3], &[], 1, None);

@@ -85,8 +85,8 @@ fn every_planted_fault_is_caught() {
         (Fault::CacheUsedForSyn, 177),
         (Fault::RecoveredOverwrites, 65),
         (Fault::BootTakenForRefutation, 130),
-        (Fault::NoWindow, 17),
-        (Fault::EndNotAnnounced, 62),
+        (Fault::NoWindow, 113),
+        (Fault::EndNotAnnounced, 150),
     ];
     let mut missed = Vec::new();
     for fault in Fault::ALL {

@@ -261,6 +261,8 @@ impl Checker for Sticky {
         });
         // What no member has seen a packet of for so long is over, as far as members can know.
         let life = match flow.phase {
+            // Its client has answered, and nobody has heard that yet.
+            Phase::Open if flow.established.is_none() => world.settings.half_open,
             Phase::HalfClosed | Phase::Closing => world.settings.linger,
             _ => world.settings.idle,
         };

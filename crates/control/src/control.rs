@@ -281,6 +281,7 @@ impl Control {
             self.switch(&change, now);
         }
         if let Some(planned) = planned {
+            self.make_room(&planned);
             self.send_tables(&planned, now);
         }
         if dropped {
@@ -542,6 +543,14 @@ impl Control {
         self.transferring = true;
     }
 
+    /// What others will send us for a planned change, by what they say that they have.
+    fn make_room(&self, change: &TableChange) {
+        let local = self.settings.local;
+        let others = self.view.members.iter().filter(|member| member.id != local);
+        let held = others.map(|member| member.metadata.flows).sum();
+        self.forwarder.make_room(expected_records(local, &*change.old, &*change.new, held));
+    }
+
     /// The change as the rebalancer sees it.
     fn with_change(&mut self, table_change: &TableChange, act: impl FnOnce(&mut Self, &Change<'_>)) {
         let caches: BTreeSet<MemberId> =
@@ -606,8 +615,7 @@ impl Control {
 
     /// Whether any table that counts gives us the flow.
     fn is_ours(&self, key: &FlowKey) -> bool {
-        let local = self.settings.local;
-        self.planner.gives(local, key) || self.planner.will_give(local, key)
+        self.planner.gives_or_will(self.settings.local, key)
     }
 
     fn everybody_switched(&self) -> bool {
@@ -900,6 +908,19 @@ impl Control {
             }
         }
     }
+}
+
+/// How many records `local` will be sent when `new` follows `old`, if the other members hold so many: each row has as many flows as any
+/// other, and each flow is held as often as its row has holders.
+fn expected_records(local: MemberId, old: &dyn Ranking, new: &dyn Ranking, held: u64) -> usize {
+    let (mut copies, mut gained) = (0_u64, 0_u64);
+    for row in 0..new.row_count() {
+        let holders = old.holders(row);
+        copies += holders.iter().flatten().count() as u64;
+        gained += u64::from(new.holders(row).contains(&Some(local)) && !holders.contains(&Some(local)));
+    }
+    let expected = (u128::from(held) * u128::from(gained)).checked_div(u128::from(copies));
+    expected.and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
 }
 
 /// Empties a forwarder's tables.

@@ -125,6 +125,9 @@ pub trait Forwarder: Send + Sync {
     /// One answer a record, in order.
     fn upsert(&self, records: &[Record]) -> Vec<Upserted>;
 
+    /// So many records more may come soon: makes room for them ahead where the table grows as they come. A hint.
+    fn make_room(&self, _records: usize) {}
+
     /// Removes a flow if its entry has this birth (any birth if it is 0) and no packet of it was seen for `min_idle`.
     /// Whether it was removed.
     fn remove(&self, key: &FlowKey, birth: u64, min_idle: Duration) -> bool;

@@ -118,6 +118,10 @@ macro_rules! forward_to_engine {
             self.$engine.upsert(records)
         }
 
+        fn make_room(&self, records: usize) {
+            self.$engine.make_room(records);
+        }
+
         fn remove(&self, key: &phalanx_flow::FlowKey, birth: u64, min_idle: std::time::Duration) -> bool {
             self.$engine.remove(key, birth, min_idle)
         }

@@ -343,17 +343,15 @@ const BIT_ABSENT: u8 = 2;
 
 fn encode_items(bytes: &mut Vec<u8>, number: u64, items: &[Item]) {
     assert!(items.len() <= MAX_ITEMS, "callers keep to MAX_ITEMS");
-    let mut dictionary: Vec<BackendId> = Vec::new();
-    let mut places: HashMap<BackendId, u16> = HashMap::new();
-    for item in items {
-        if let Item::Associate { record, .. } | Item::Hint { record } = item {
-            places.entry(record.backend).or_insert_with(|| {
-                dictionary.push(record.backend);
-                // No more backends than items, and those are fewer than NO_BACKEND.
-                (dictionary.len() - 1) as u16
-            });
-        }
-    }
+    let mut dictionary = Dictionary::default();
+    let places: Vec<u16> = items
+        .iter()
+        .map(|item| match item {
+            Item::Associate { record, .. } | Item::Hint { record } => dictionary.place(&record.backend),
+            _ => NO_BACKEND,
+        })
+        .collect();
+    let dictionary = dictionary.backends;
     bytes.extend_from_slice(&number.to_le_bytes());
     bytes.extend_from_slice(&(dictionary.len() as u16).to_le_bytes());
     bytes.extend_from_slice(&(items.len() as u16).to_le_bytes());
@@ -363,10 +361,33 @@ fn encode_items(bytes: &mut Vec<u8>, number: u64, items: &[Item]) {
         bytes.extend_from_slice(&backend.port);
         bytes.extend_from_slice(&[backend.method, backend.family]);
     }
-    for item in items {
-        bytes.extend_from_slice(&encode_item(item, |backend| {
-            places.get(backend).copied().unwrap_or(NO_BACKEND)
-        }));
+    for (item, place) in items.iter().zip(places) {
+        bytes.extend_from_slice(&encode_item(item, place));
+    }
+}
+
+/// Backends that are looked for one after the other before the map is asked: most services have no more, and to compare is cheaper than
+/// to hash.
+const COMPARED: usize = 16;
+
+/// The backends of one frame, each once.
+#[derive(Default)]
+struct Dictionary {
+    backends: Vec<BackendId>,
+    places: HashMap<BackendId, u16>,
+}
+
+impl Dictionary {
+    fn place(&mut self, backend: &BackendId) -> u16 {
+        let near = self.backends.iter().take(COMPARED).position(|known| known == backend);
+        if let Some(place) = near {
+            return place as u16;
+        }
+        *self.places.entry(*backend).or_insert_with(|| {
+            self.backends.push(*backend);
+            // No more backends than items, and those are fewer than NO_BACKEND.
+            (self.backends.len() - 1) as u16
+        })
     }
 }
 
@@ -382,7 +403,7 @@ struct Fields {
     idle_ms: u32,
 }
 
-fn encode_item(item: &Item, place: impl Fn(&BackendId) -> u16) -> [u8; ITEM] {
+fn encode_item(item: &Item, place: u16) -> [u8; ITEM] {
     let none =
         Fields { kind: 0, state: 0, flags: 0, bits: 0, backend: NO_BACKEND, birth: 0, update: 0, idle_ms: 0 };
     let of_record = |kind, record: &Record, bits| Fields {
@@ -390,7 +411,7 @@ fn encode_item(item: &Item, place: impl Fn(&BackendId) -> u16) -> [u8; ITEM] {
         state: record.state as u8,
         flags: record.flags.with(FlowFlags::LOCAL, false).0,
         bits,
-        backend: place(&record.backend),
+        backend: place,
         birth: record.birth,
         update: record.update,
         idle_ms: record.idle_ms,

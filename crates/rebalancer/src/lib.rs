@@ -21,6 +21,7 @@
 
 pub mod codec;
 pub mod digest;
+mod flow_map;
 pub mod hlc;
 pub mod ranking;
 pub mod replicator;

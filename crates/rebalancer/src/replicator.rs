@@ -1,6 +1,6 @@
 //! Replication of associations, ends and touches, and the sending of transfer tables: one state machine per daemon.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,6 +8,7 @@ use phalanx_flow::{FlowEvent, FlowEventKind, FlowFlags, FlowKey, FlowState, Memb
 
 use crate::codec::{self, Control, Digests, Frame, FrameDecoder, Item, Refusal};
 use crate::digest::RowDigest;
+use crate::flow_map::FlowMap;
 use crate::hlc::Hlc;
 use crate::ranking::{Holders, MAX_HOLDERS, holders_of};
 use crate::transfer::TransferPlan;
@@ -45,6 +46,8 @@ const MAX_BACKLOG: usize = 131_072;
 const MAX_ENDED: usize = 262_144;
 /// How long an ended flow is remembered: longer than any reconnect delays a record.
 const ENDED_FOR: Duration = Duration::from_secs(120);
+/// How many acknowledgements ahead of a switch are kept beyond two for each unprotected flow, before those that are of no use are dropped.
+const AHEAD_SPARE: usize = 16_384;
 /// Stamps the forwarder may not have applied when it made an event: a tenth of a second at a million connections a second.
 const MAX_STAMPS: usize = 131_072;
 /// How long an event may be on its way from the forwarder to us.
@@ -69,7 +72,7 @@ const _: () = assert!(BATCH_ITEMS <= codec::MAX_ITEMS);
 ///                                              Changed, backup replaced by another
 ///   From each: removed (idle everywhere, linger over) ► ENDED: End to all, a tombstone bars older records
 ///
-///  One peer:   DISCONNECTED ──handle_connected──► CONNECTED: at most 16 batches and 8 chunks unacknowledged
+///  One peer:   DISCONNECTED ──handle_connected──► CONNECTED: at most 16 batches and 32 chunks unacknowledged
 ///               ▲  everything unacknowledged goes    │
 ///               └──back to its slot──handle_disconnected
 /// ```
@@ -92,9 +95,10 @@ pub struct Replicator {
     /// Where [`Replicator::poll_message`] goes on, so that no peer waits for another.
     last_served: Option<MemberId>,
     /// Flows owned here that a backup has not acknowledged.
-    unprotected: HashMap<FlowKey, Unprotected>,
-    /// Of these, the versions that who will be their backups in the pending table have acknowledged.
-    held_ahead: HashMap<(FlowKey, MemberId), Version>,
+    unprotected: FlowMap<Unprotected>,
+    /// What who will be their backups in the pending table have acknowledged. Looked into at the switch alone: to note a million of them
+    /// in the map as they come would cost more than all else that their transfer does.
+    ahead: Vec<(MemberId, Held)>,
     stamps: Births,
     ended: Births,
     idle: IdleFlows,
@@ -115,9 +119,15 @@ struct Unprotected {
     version: Version,
     /// The backups that have not; nobody, if there is no backup at all.
     missing: [Option<MemberId>; MAX_HOLDERS - 1],
+    /// While a switch is settled: who has acknowledged this version ahead of it.
+    ahead: [Option<MemberId>; MAX_HOLDERS - 1],
 }
 
 impl Unprotected {
+    fn new(version: Version, missing: [Option<MemberId>; MAX_HOLDERS - 1]) -> Self {
+        Self { version, missing, ahead: Default::default() }
+    }
+
     fn lacks(&self, member: MemberId) -> bool {
         self.missing.contains(&Some(member))
     }
@@ -199,8 +209,8 @@ impl Replicator {
             clock: Hlc::new(config.local),
             peers: BTreeMap::new(),
             last_served: None,
-            unprotected: HashMap::new(),
-            held_ahead: HashMap::new(),
+            unprotected: FlowMap::default(),
+            ahead: Vec::new(),
             stamps: Births::new(MAX_STAMPS, STAMPS_FOR),
             ended: Births::new(MAX_ENDED, ENDED_FOR),
             idle: IdleFlows::default(),
@@ -243,7 +253,7 @@ impl Replicator {
     /// How many things are kept in memory, of whatever kind: what leaks shows here.
     pub fn remembered(&self) -> usize {
         let peers: usize = self.peers.values().map(Peer::remembered).sum();
-        let flows = self.unprotected.len() + self.held_ahead.len() + self.idle.len();
+        let flows = self.unprotected.len() + self.ahead.len() + self.idle.len();
         peers + flows + self.stamps.len() + self.ended.len() + self.inbound.len() + self.events.len()
     }
 
@@ -287,6 +297,9 @@ impl Replicator {
         let old = self.view.replace(view);
         if switched {
             self.settle_unprotected(old.as_ref());
+        } else if self.view.as_ref().is_some_and(|view| view.pending.is_none()) {
+            // The change is planned no more: what was sent for it is dropped by its receivers.
+            self.ahead = Vec::new();
         }
         self.finish_transfers();
     }
@@ -294,17 +307,26 @@ impl Replicator {
     /// After a switch from `old`: who is a backup now may have acknowledged flows before it was, and what waits for it is unprotected
     /// from now on.
     fn settle_unprotected(&mut self, old: Option<&ViewInput>) {
-        let held_ahead = std::mem::take(&mut self.held_ahead);
+        for (member, (key, birth, update)) in std::mem::take(&mut self.ahead) {
+            if let Some(flow) = self.unprotected.get_mut(&key)
+                && flow.version == (birth, update)
+                && !flow.ahead.contains(&Some(member))
+                && let Some(free) = flow.ahead.iter_mut().find(|ahead| ahead.is_none())
+            {
+                *free = Some(member);
+            }
+        }
         let mut unprotected = std::mem::take(&mut self.unprotected);
         unprotected.retain(|&key, flow| {
             let backups = self.backups_of_own(&key);
             let holders =
                 old.map_or_else(Holders::default, |old| old.ranking.holders(old.ranking.row_of(&key)));
             // Who was no holder before is sent the flow now, unless it was ahead.
+            let ahead = std::mem::take(&mut flow.ahead);
             flow.missing = backups.map(|backup| {
                 backup.filter(|&backup| {
-                    let ahead = held_ahead.get(&(key, backup)) == Some(&flow.version);
-                    flow.lacks(backup) || !(ahead || holders.contains(&Some(backup)))
+                    let has_it = ahead.contains(&Some(backup)) || holders.contains(&Some(backup));
+                    flow.lacks(backup) || !has_it
                 })
             });
             let is_held = flow.missing.iter().all(Option::is_none) && backups.iter().any(Option::is_some);
@@ -335,10 +357,24 @@ impl Replicator {
         }
     }
 
+    /// Notes what `peer` holds of a flow in `row`, if it will be a backup of it.
+    fn note_ahead(&mut self, row: u32, peer: MemberId, held: Held) {
+        if self.unprotected.is_empty() || !self.pending_holders(row)[1..].contains(&Some(peer)) {
+            return;
+        }
+        self.ahead.push((peer, held));
+        if self.ahead.len() > 2 * self.unprotected.len() + AHEAD_SPARE {
+            // Each flow has been told of again and again, or most are protected by now.
+            let unprotected = &self.unprotected;
+            self.ahead.retain(|(_, (key, birth, update))| {
+                unprotected.get(key).is_some_and(|flow| flow.version == (*birth, *update))
+            });
+        }
+    }
+
     /// A backup of a flow of ours is being sent this version. What is known of a later one, or was known before, stays.
     fn note_missing(&mut self, key: FlowKey, version: Version, backup: MemberId) {
-        let flow =
-            self.unprotected.entry(key).or_insert(Unprotected { version, missing: Default::default() });
+        let flow = self.unprotected.entry(key).or_insert(Unprotected::new(version, Default::default()));
         if !flow.lacks(backup)
             && let Some(free) = flow.missing.iter_mut().find(|missing| missing.is_none())
         {
@@ -588,8 +624,7 @@ impl Replicator {
         let (holders, caches) = self.audience(&record.key);
         if self.is_own(&record.key) {
             let missing = self.backups_of_own(&record.key);
-            self.unprotected
-                .insert(record.key, Unprotected { version: (record.birth, record.update), missing });
+            self.unprotected.insert(record.key, Unprotected::new((record.birth, record.update), missing));
         }
         for to in holders {
             self.push(to, Item::Associate { record, cache: false });
@@ -705,15 +740,22 @@ impl Replicator {
     }
 
     fn holders(&self, key: &FlowKey) -> Holders {
-        self.view
-            .as_ref()
-            .map_or_else(Holders::default, |view| view.ranking.holders(view.ranking.row_of(key)))
+        self.holders_in(self.row_of(key))
     }
 
-    /// Who will hold `key` once a planned change is in force.
-    fn pending_holders(&self, key: &FlowKey) -> Holders {
+    fn holders_in(&self, row: u32) -> Holders {
+        self.view.as_ref().map_or_else(Holders::default, |view| view.ranking.holders(row))
+    }
+
+    /// Who will hold the flows of `row` once a planned change is in force.
+    fn pending_holders(&self, row: u32) -> Holders {
         let pending = self.view.as_ref().and_then(|view| view.pending.as_ref());
-        pending.map_or_else(Holders::default, |pending| pending.holders(pending.row_of(key)))
+        pending.map_or_else(Holders::default, |pending| pending.holders(row))
+    }
+
+    /// The row of `key`, in every table: all of a cluster have the same rows.
+    fn row_of(&self, key: &FlowKey) -> u32 {
+        self.view.as_ref().map_or(0, |view| view.ranking.row_of(key))
     }
 
     fn is_own(&self, key: &FlowKey) -> bool {
@@ -722,7 +764,12 @@ impl Replicator {
 
     /// The backups of `key` if we own it.
     fn backups_of_own(&self, key: &FlowKey) -> [Option<MemberId>; MAX_HOLDERS - 1] {
-        let [owner, backups @ ..] = self.holders(key);
+        self.backups_in_own(self.row_of(key))
+    }
+
+    /// The backups of `row` if we own it.
+    fn backups_in_own(&self, row: u32) -> [Option<MemberId>; MAX_HOLDERS - 1] {
+        let [owner, backups @ ..] = self.holders_in(row);
         if owner == Some(self.config.local) { backups } else { Default::default() }
     }
 

@@ -455,3 +455,34 @@ fn flows_that_the_backup_refused_are_told_again_and_protected_once_there_is_room
     assert_eq!(unprotected(&site), 0);
     assert!(site.members[&1].0.replicator().counters().told_again > 0);
 }
+
+/// The holders of each row.
+struct Rows(Vec<[Option<MemberId>; 3]>);
+
+impl Ranking for Rows {
+    fn row_of(&self, _: &FlowKey) -> u32 {
+        0
+    }
+
+    fn holders(&self, row: u32) -> [Option<MemberId>; 3] {
+        self.0[row as usize]
+    }
+
+    fn row_count(&self) -> u32 {
+        self.0.len() as u32
+    }
+}
+
+#[test]
+fn a_member_expects_its_share_of_the_flows_that_the_others_hold() {
+    let [one, two, three] = [1, 2, 3].map(|id| Some(MemberId(id)));
+    let alone = Rows(vec![[one, None, None]; 4]);
+    let pair = Rows(vec![[one, two, None], [two, one, None], [one, two, None], [two, one, None]]);
+    let joined = Rows(vec![[three, two, None], [two, three, None], [one, two, None], [two, one, None]]);
+    let expected = |old, new, held| expected_records(MemberId(3), old, new, held);
+    assert_eq!(expected(&pair, &joined, 2_000), 500, "half of the rows, of 1,000 flows that are held twice");
+    assert_eq!(expected_records(MemberId(2), &alone, &pair, 1_000), 1_000, "all of them, as owner or backup");
+    assert_eq!(expected(&joined, &joined, 2_000), 0, "what it holds it is not sent");
+    assert_eq!(expected(&joined, &pair, 2_000), 0);
+    assert_eq!(expected(&Rows(vec![[None; 3]; 4]), &joined, 2_000), 0, "nobody held anything by a table");
+}

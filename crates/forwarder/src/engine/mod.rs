@@ -709,6 +709,11 @@ impl Engine {
         }
     }
 
+    /// See [`crate::Forwarder::make_room`].
+    pub fn make_room(&self, records: usize) {
+        self.table.make_room(records);
+    }
+
     /// See [`crate::Forwarder::remove`].
     pub fn remove(&self, key: &FlowKey, birth: u64, min_idle: Duration) -> bool {
         let hash = self.hash(key);

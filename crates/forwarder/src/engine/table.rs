@@ -75,6 +75,11 @@ impl Shard {
         }
     }
 
+    fn make_room(&mut self, flows: usize) {
+        let room = flows.min(self.max_flows.saturating_sub(self.flows.len()));
+        self.flows.reserve(room, |slot| slot.1);
+    }
+
     #[inline]
     pub(crate) fn get(&self, hash: u64, key: &FlowKey) -> Option<&FlowEntry> {
         let same = |slot: &Slot| slot.0 == *key;
@@ -310,6 +315,15 @@ impl FlowTable {
         found.prefetch();
     }
 
+    /// Makes room for so many flows more, in all shares together.
+    pub(crate) fn make_room(&self, flows: usize) {
+        let share = flows.div_ceil(SHARDS);
+        for mut shard in self.shards() {
+            // No two get the same number.
+            shard.make_room(share + share / 16);
+        }
+    }
+
     pub(crate) fn shards(&self) -> impl Iterator<Item = MutexGuard<'_, Shard>> {
         self.shards.iter().map(|share| share.shard.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -321,6 +335,31 @@ mod tests {
     use phalanx_flow::decide::Decision;
 
     use super::*;
+
+    #[test]
+    fn who_makes_room_needs_no_more_while_the_flows_come_and_no_more_than_the_limit() {
+        let limits = TableLimits { flows: 64_000, ..TableLimits::default() };
+        let table = FlowTable::new(limits);
+        let room = || table.shards().map(|shard| shard.flows.capacity()).sum::<usize>();
+        assert_eq!(room(), 0);
+        table.make_room(40_000);
+        let made = room();
+        assert!(made >= 40_000, "{made}");
+        let entry = FlowEntry { state: FlowState::Established as u8, ..Decision::PASS.entry };
+        for number in 0..40_000_u64 {
+            let key = FlowKey {
+                source_port: (number as u16).to_be_bytes(),
+                protocol: (number >> 16) as u8,
+                ..Decision::PASS.key
+            };
+            let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            assert_eq!(table.shard(hash).put(hash, key, entry), Put::Done);
+        }
+        assert_eq!(room(), made);
+        // A word of others is no reason to take memory that would never be used.
+        table.make_room(1 << 30);
+        assert!(room() < 4 * limits.flows, "{}", room());
+    }
 
     #[test]
     fn all_slots_agree_on_where_the_tags_are() {

@@ -46,6 +46,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 pub const PROBED_MTU: u16 = 1600;
 const PROBED_PAYLOAD: u16 = PROBED_MTU - 28;
 
+/// Pieces of a stream that are taken at once: some 64 kB, as much as the network gives the socket at once.
+const PIECES: usize = 44;
+
 /// QUIC has found the path MTU by then.
 const MTU_SETTLED: Duration = Duration::from_secs(10);
 
@@ -304,13 +307,15 @@ async fn run_link(
     let _ = shared.events.send(PeerEvent::Connected(peer, link));
     let write = async {
         while let Some(frame) = queue.recv().await {
-            send.write_all(&frame).await?;
+            send.write_chunk(frame.into()).await?;
         }
         Ok::<_, quinn::WriteError>(())
     };
     let read = async {
-        while let Some(chunk) = receive.read_chunk(64 << 10, true).await? {
-            let _ = shared.events.send(PeerEvent::Frame(peer, link, chunk.bytes.to_vec()));
+        // One a datagram: what has come is told of at once.
+        let mut pieces: [_; PIECES] = std::array::from_fn(|_| Default::default());
+        while let Some(count) = receive.read_chunks(&mut pieces).await? {
+            let _ = shared.events.send(PeerEvent::Frame(peer, link, pieces[..count].concat()));
         }
         Ok::<_, quinn::ReadError>(())
     };

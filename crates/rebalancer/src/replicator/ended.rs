@@ -1,9 +1,11 @@
 //! Tombstones: flows that have ended, so that no record of them comes back, and births the forwarder may not know yet.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use phalanx_flow::FlowKey;
+
+use crate::flow_map::FlowMap;
 
 /// A holder that saw a packet later than another by no more than this has seen nothing: records age by their transit when copied.
 pub(super) const SEEN_SLACK: Duration = Duration::from_millis(250);
@@ -12,7 +14,7 @@ pub(super) const SEEN_SLACK: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(super) struct Births {
     /// With when a packet was last seen by who ended the flow.
-    births: HashMap<FlowKey, (u64, Instant)>,
+    births: FlowMap<(u64, Instant)>,
     order: VecDeque<(Instant, FlowKey, u64)>,
     capacity: usize,
     lifetime: Duration,
@@ -20,7 +22,7 @@ pub(super) struct Births {
 
 impl Births {
     pub(super) fn new(capacity: usize, lifetime: Duration) -> Self {
-        Self { births: HashMap::new(), order: VecDeque::new(), capacity, lifetime }
+        Self { births: FlowMap::default(), order: VecDeque::new(), capacity, lifetime }
     }
 
     /// Everything that is kept.

@@ -368,8 +368,8 @@ impl Replicator {
     fn handle_chunk_ack(&mut self, from: MemberId, id: u64, refused: Vec<(u16, Refusal)>) {
         let refused: BTreeSet<u16> = refused.into_iter().map(|(place, _)| place).collect();
         let transfer = self.peers.get_mut(&from).and_then(|peer| peer.transfer.as_mut());
-        let Some(held) = transfer.and_then(|transfer| transfer.handle_ack(id, &refused)) else { return };
-        for record in &held {
+        let Some(chunk) = transfer.and_then(|transfer| transfer.handle_ack(id, &refused)) else { return };
+        for record in chunk.held(&refused) {
             self.note_held(from, version(record));
         }
         self.note_refused(from, refused.len());
@@ -390,9 +390,7 @@ impl Replicator {
             let backups = self.backups_of_own(&key);
             if backups.contains(&Some(peer)) {
                 // Another backup may still lack it.
-                self.unprotected
-                    .entry(key)
-                    .or_insert(Unprotected { version: (birth, update), missing: backups });
+                self.unprotected.entry(key).or_insert(Unprotected::new((birth, update), backups));
                 self.note_held(peer, (key, birth, update));
             }
         }
@@ -400,11 +398,10 @@ impl Replicator {
 
     /// `peer` holds this version: if it is the last backup of a flow of ours that had not said so, the flow is protected.
     fn note_held(&mut self, peer: MemberId, (key, birth, update): Held) {
-        let backups = self.backups_of_own(&key);
+        let row = self.row_of(&key);
+        let backups = self.backups_in_own(row);
         if !backups.contains(&Some(peer)) {
-            if self.unprotected.contains_key(&key) && self.pending_holders(&key)[1..].contains(&Some(peer)) {
-                self.held_ahead.insert((key, peer), (birth, update));
-            }
+            self.note_ahead(row, peer, (key, birth, update));
             return;
         }
         match self.unprotected.get_mut(&key) {
@@ -435,10 +432,11 @@ impl Replicator {
     /// news goes no further. What comes ahead of a planned change is no news to the present holders: one of them sent it.
     fn pass_on(&mut self, record: Record, from: MemberId) {
         let local = Some(self.config.local);
-        if !self.holders(&record.key).contains(&local) && self.pending_holders(&record.key).contains(&local) {
+        let row = self.row_of(&record.key);
+        let holders = self.holders_in(row);
+        if !holders.contains(&local) && self.pending_holders(row).contains(&local) {
             return;
         }
-        let holders = self.holders(&record.key);
         // While nothing moves an owner tells all other holders by itself.
         let at_rest = self.view.as_ref().is_some_and(|view| view.tables().count() == 1);
         if at_rest && holders[0] == Some(from) && holders.contains(&local) {
@@ -452,12 +450,12 @@ impl Replicator {
         let missing = backups.map(|backup| backup.filter(|&to| to != from));
         if missing.iter().any(Option::is_some) {
             let version = (record.birth, record.update);
-            self.unprotected.insert(record.key, Unprotected { version, missing });
+            self.unprotected.insert(record.key, Unprotected::new(version, missing));
         } else if backups.contains(&Some(from)) {
             self.note_held(from, version(&record));
         }
         // What we sent ahead was without it.
-        let ahead = if holders[0] == local { self.pending_holders(&record.key) } else { Holders::default() };
+        let ahead = if holders[0] == local { self.pending_holders(row) } else { Holders::default() };
         let ahead = ahead.into_iter().flatten().filter(|to| !holders.contains(&Some(*to)));
         for to in holders.into_iter().flatten().chain(ahead).filter(|&to| to != from) {
             self.push(to, Item::Associate { record, cache: false });

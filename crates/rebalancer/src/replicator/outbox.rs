@@ -3,14 +3,15 @@
 //! However long a peer is away, a flow takes one slot: a later record replaces an earlier one of the same flow, an end takes the
 //! record it ends with it, and an end is sent before the record of the flow's next life.
 
+use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 use phalanx_flow::{FlowKey, Record};
 
 use super::aged;
 use crate::codec::Item;
+use crate::flow_map::FlowMap;
 
 /// What is to be told of one flow, in this order.
 #[derive(Debug, Default)]
@@ -48,14 +49,14 @@ enum Purpose {
 
 #[derive(Debug)]
 pub(super) struct Outbox {
-    slots: HashMap<FlowKey, Slot>,
+    slots: FlowMap<Slot>,
     order: VecDeque<FlowKey>,
     capacity: usize,
 }
 
 impl Outbox {
     pub(super) fn new(capacity: usize) -> Self {
-        Self { slots: HashMap::new(), order: VecDeque::new(), capacity }
+        Self { slots: FlowMap::default(), order: VecDeque::new(), capacity }
     }
 
     /// How many flows wait.

@@ -9,10 +9,13 @@ use phalanx_flow::{MemberId, Record};
 use super::aged;
 use crate::codec::{Item, MAX_ITEMS};
 
-/// Chunks on their way to one peer without an acknowledgement.
-pub(super) const CHUNK_WINDOW: usize = 8;
+/// Chunks on their way to one peer without an acknowledgement: what a 10 ms path carries of 3 million records a second.
+pub(super) const CHUNK_WINDOW: usize = 32;
 /// A chunk is a twentieth of a second's records, so that pacing is smooth, and at most a frame.
 const CHUNKS_PER_SECOND: u32 = 20;
+/// Records in one chunk at most: whatever is made of a chunk on its way stays in a processor's second cache.
+const MAX_CHUNK: u32 = 1024;
+const _: () = assert!(MAX_CHUNK as usize <= MAX_ITEMS);
 
 /// How far a transfer to one member has come; counted in records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +40,20 @@ struct Waiting {
     cache: bool,
 }
 
+/// A part of a transfer table that was sent.
 #[derive(Debug)]
-struct Chunk {
+pub(super) struct Chunk {
     records: Vec<Waiting>,
     /// Whether the peer lost its connection since: send it again.
     again: bool,
+}
+
+impl Chunk {
+    /// The records that the receiver holds if it refused those at these places.
+    pub(super) fn held(&self, refused: &BTreeSet<u16>) -> impl Iterator<Item = &Record> {
+        let taken = (0_u16..).zip(&self.records).filter(|(place, _)| !refused.contains(place));
+        taken.map(|(_, waiting)| waiting).filter(|waiting| !waiting.cache).map(|waiting| &waiting.record)
+    }
 }
 
 /// The transfer table for one peer.
@@ -144,16 +156,13 @@ impl Transfer {
         Some((id, items))
     }
 
-    /// Takes the acknowledgement of a chunk and returns its records that hold at the receiver now; `None` if it is not on its way.
-    pub(super) fn handle_ack(&mut self, id: u64, refused: &BTreeSet<u16>) -> Option<Vec<Record>> {
+    /// Takes the acknowledgement of a chunk and returns it; `None` if it is not on its way.
+    pub(super) fn handle_ack(&mut self, id: u64, refused: &BTreeSet<u16>) -> Option<Chunk> {
         let chunk = self.inflight.remove(&id)?;
         self.again.remove(&id);
         self.acked += chunk.records.len();
         self.refused += refused.len().min(chunk.records.len());
-        let held = chunk.records.iter().enumerate().filter(|(place, waiting)| {
-            !waiting.cache && u16::try_from(*place).is_ok_and(|place| !refused.contains(&place))
-        });
-        Some(held.map(|(_, waiting)| waiting.record).collect())
+        Some(chunk)
     }
 }
 
@@ -182,13 +191,14 @@ const RECORD: u128 = 1_000_000_000;
 impl Pace {
     pub(super) fn new(now: Instant, rate: NonZeroU32) -> Self {
         let mut pace = Self { rate: rate.get(), tokens: 0, at: now };
-        pace.tokens = pace.chunk() as u128 * RECORD;
+        // As much as the longest frame has, or what a twentieth of a second allows.
+        pace.tokens = u128::from((rate.get() / CHUNKS_PER_SECOND).clamp(1, MAX_ITEMS as u32)) * RECORD;
         pace
     }
 
     /// Records in one chunk.
     pub(super) fn chunk(&self) -> usize {
-        (self.rate / CHUNKS_PER_SECOND).clamp(1, MAX_ITEMS as u32) as usize
+        (self.rate / CHUNKS_PER_SECOND).clamp(1, MAX_CHUNK) as usize
     }
 
     /// How much the bucket holds: two chunks, or what comes in while a driver sleeps for a twentieth of a second.

@@ -968,3 +968,29 @@ fn tombstones_are_bounded_in_number_and_time() {
     ended.expire(start + SECOND * 10);
     assert!(!bars(&ended, 3, 100, seen));
 }
+
+#[test]
+fn what_was_acknowledged_for_a_change_that_was_dropped_does_not_count_in_a_later_one() {
+    let mut world = World::new(&[1, 2]);
+    world.start(3);
+    world.disconnect(1, 2);
+    let pending = world.plan(&[(1, 1), (3, 1)]);
+    let owned: Vec<u16> = (0..60).filter(|&n| world.holders(n) == [1, 2]).collect();
+    for &n in &owned {
+        world.syn(1, n, 1, false);
+        world.change(1, n, FlowState::Established);
+    }
+    world.settle();
+    let remembered = world.node(1).replicator.remembered();
+    // Whoever was sent something for it sweeps that now.
+    let live = world.live();
+    for id in 1..=3 {
+        let view = world.view(None, &live);
+        world.set_view(id, view);
+    }
+    assert!(world.node(1).replicator.remembered() < remembered, "it is forgotten");
+    world.put_in_force(pending);
+    let kept = owned.iter().filter(|&&n| world.holders(n) == [1, 3]).count();
+    assert!(kept > 0);
+    assert_eq!(world.node(1).replicator.unprotected(), kept, "nobody knows whether 3 still has them");
+}

@@ -343,9 +343,11 @@ impl Control {
         self.leave_if_due(now);
     }
 
-    /// Time that we did not live through closes no window: what others did in it we are still to hear.
+    /// Time that we did not live through closes no window and ends no doubt: what others did in it we are still to hear.
     fn stood_still(&mut self, by: Duration) {
-        for since in [&mut self.window_opened, &mut self.sweep_at, &mut self.strangers_until] {
+        let times =
+            [&mut self.window_opened, &mut self.sweep_at, &mut self.strangers_until, &mut self.doubted_since];
+        for since in times {
             *since = since.map(|at| at + by);
         }
         self.traffic.begin();

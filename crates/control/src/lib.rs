@@ -21,5 +21,5 @@ pub mod planner;
 pub mod shared;
 
 pub use control::{Control, Event, REPAIR_EVERY, RepairCounters, Settings, forget_flows};
-pub use planner::{Destinations, Fixed, Planner, Service, Snapshot, TableRanking};
+pub use planner::{Destination, Destinations, Fixed, Planner, Service, Snapshot, TableRanking};
 pub use shared::SharedTables;

@@ -88,10 +88,19 @@ impl Service {
 /// Whom a plan's next hops lead to; positions are those of the plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Destinations {
-    /// Data addresses of the members, and whether they may be up: the position of one that went stays.
-    pub members: Vec<(IpAddr, bool)>,
-    /// Addresses of the backends.
-    pub backends: Vec<IpAddr>,
+    /// The members' data addresses. The position of one that went stays.
+    pub members: Vec<Destination>,
+    /// The backends' addresses.
+    pub backends: Vec<Destination>,
+}
+
+/// An address to find the next hop to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Where it is.
+    pub address: IpAddr,
+    /// Whether a next hop that is not found is missed: not that of a member that is down.
+    pub is_needed: bool,
 }
 
 /// A row table as the rebalancer asks for it.
@@ -723,9 +732,16 @@ impl Planner {
             members: self
                 .members
                 .iter()
-                .map(|member| (member.address, member.liveness != Liveness::Down))
+                .map(|member| Destination {
+                    address: member.address,
+                    is_needed: member.liveness != Liveness::Down,
+                })
                 .collect(),
-            backends: self.backends.iter().map(|backend| backend.id.ip()).collect(),
+            backends: self
+                .backends
+                .iter()
+                .map(|backend| Destination { address: backend.id.ip(), is_needed: true })
+                .collect(),
         }
     }
 

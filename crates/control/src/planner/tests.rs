@@ -75,10 +75,9 @@ fn id_at(plan: &Plan, slot: MemberSlot) -> Option<MemberId> {
 #[test]
 fn who_is_down_keeps_its_position_and_needs_no_next_hop() {
     let mut planner = settled();
-    assert!(planner.destinations().members.iter().all(|(_, is_needed)| *is_needed));
+    assert!(planner.destinations().members.iter().all(|member| member.is_needed));
     planner.set_view(&view(2, vec![active(1), active(3)]), true).unwrap().unwrap();
-    let needed: Vec<bool> =
-        planner.destinations().members.into_iter().map(|(_, is_needed)| is_needed).collect();
+    let needed: Vec<bool> = planner.destinations().members.iter().map(|member| member.is_needed).collect();
     assert_eq!(needed, [true, false, true]);
 }
 

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use phalanx_control::Destinations;
+use phalanx_control::{Destination, Destinations};
 use phalanx_forwarder::{Forwarder, NextHop, NextHops};
 use phalanx_netlink::{Lookup, Mac, Monitor, Netlink, Reachability, RouteKind};
 
@@ -125,9 +125,10 @@ impl Resolver {
     /// Resolves all, tells the forwarder, and returns who has no next hop.
     fn resolve_all(&mut self, destinations: &Destinations, now: Instant) -> Vec<IpAddr> {
         let mut missing = Vec::new();
-        let mut resolve = |addresses: &mut dyn Iterator<Item = (IpAddr, bool)>| -> Vec<Option<NextHop>> {
-            addresses
-                .map(|(address, is_needed)| {
+        let mut resolve = |destinations: &[Destination]| -> Vec<Option<NextHop>> {
+            destinations
+                .iter()
+                .map(|&Destination { address, is_needed }| {
                     let resolved = self.resolve(address, now).unwrap_or_else(|error| {
                         tracing::debug!(%address, "next hop: {error}");
                         Resolved::Missing
@@ -145,10 +146,8 @@ impl Resolver {
                 })
                 .collect()
         };
-        let next_hops = NextHops {
-            members: resolve(&mut destinations.members.iter().copied()),
-            backends: resolve(&mut destinations.backends.iter().map(|address| (*address, true))),
-        };
+        let next_hops =
+            NextHops { members: resolve(&destinations.members), backends: resolve(&destinations.backends) };
         self.forwarder.set_next_hops(next_hops);
         missing
     }

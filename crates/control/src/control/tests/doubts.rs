@@ -51,6 +51,17 @@ fn who_comes_back_doubts_all_it_has_and_nobody_else_does() {
 }
 
 #[test]
+fn time_that_a_member_stood_still_resolves_no_doubt() {
+    let mut site = site();
+    site.renew(1);
+    site.now += DOUBTS_LAST;
+    site.pass(4 * TICK);
+    assert_eq!(site.doubted(), usize::from(FLOWS));
+    site.pass(DOUBTS_LAST);
+    assert_eq!(site.doubted(), 0);
+}
+
+#[test]
 fn doubts_last_while_nobody_is_there_to_resolve_them() {
     let mut site = site();
     let alone = |site: &mut Site, generation| {

@@ -26,6 +26,7 @@ mod former;
 mod repair;
 
 use cached::Kept;
+use former::SUSPECTED_AFTER;
 use repair::Repair;
 pub use repair::{REPAIR_EVERY, RepairCounters};
 
@@ -126,6 +127,8 @@ pub struct Control {
     doubted_since: Option<Instant>,
     /// The others held us to be down as often, or we them.
     generation: u32,
+    /// We suspect all others, so it is rather we whom nobody hears.
+    cut_off: bool,
     transferring: bool,
     change: Phase,
     repair: Repair,
@@ -169,6 +172,7 @@ impl Control {
             sweep_at: None,
             strangers_until: None,
             doubted_since: None,
+            cut_off: false,
             generation: 0,
             transferring: false,
             change: Phase::Settled,
@@ -323,6 +327,9 @@ impl Control {
         let still = self.ran.replace(now).map(|ran| now.saturating_duration_since(ran)).unwrap_or_default();
         if still >= STOOD_STILL {
             self.stood_still(still);
+        }
+        if still >= SUSPECTED_AFTER {
+            self.doubt(now);
         }
         self.take_events(now);
         if self.replicator.poll_timeout().is_some_and(|due| due <= now) {

@@ -18,7 +18,7 @@ use crate::packet::{Fragment, Packet, PacketKind, tcp_flags};
 use crate::row::Row;
 
 /// A packet handed off this many times is dealt with where it is, so that no views, however different, make a loop (design §4).
-/// Only a SYN whose sender has recorded it goes back to the sender, by one hop more.
+/// Only what its sender has the flow of goes back to the sender, by one hop more.
 pub const MAX_HOPS: u8 = 2;
 
 /// How a packet came to us.
@@ -44,7 +44,7 @@ impl Arrival {
 pub struct Local {
     /// Our place in the plan.
     pub slot: MemberSlot,
-    /// Whether we may own: without a lease we forward what we know, record nothing and hand off the rest.
+    /// Whether we may own: without a lease we record nothing, hand off, and forward what we know only if nobody else does.
     pub leased: bool,
     /// The flow hash's seed.
     pub seed: FlowSeed,
@@ -164,8 +164,7 @@ pub enum DropReason {
     NoBackend = 1,
     /// A protocol we do not balance, to a service's address.
     Protocol = 2,
-    /// Nobody owns the row: we are in no cluster yet, or no more; or we have no lease, and none of the others can be asked; or the packet came,
-    /// over as many members as it may, from one that has the flow. The consistent table alone would be a guess that resets a connection which others know, or a new one that nobody knows. The client sends again.
+    /// Nobody owns the row: we are in no cluster yet, or no more; or we have no lease, and none of the others can be asked. The consistent table alone would be a guess that resets a connection which others know, or a new one that nobody knows. The client sends again.
     NotJoined = 3,
 }
 
@@ -339,24 +338,31 @@ impl Roles {
             }
     }
 
-    /// Whether our own entry may be believed: whoever holds the row no more is not told when the tuple is used again, nor is it without
-    /// a daemon.
+    /// Whether our own entry may be believed: whoever holds the row no more is not told when the tuple is used again, nor is who has no
+    /// lease, being cut off, stopped or without a daemon.
     #[inline(always)]
     fn believes<T: Tables>(&self, tables: &T, entry: &FlowEntry, arrival: &Arrival) -> bool {
-        let former = entry.flags.has(FlowFlags::FORMER);
-        let owner = self.row.owner() == self.local.slot;
-        if !former && (entry.flow_state().is_live() || owner && self.local.leased) {
+        // Of two members, who loses its lease has rather lost the other one (docs/design/0002-membership.md).
+        let [owner, _, third] = self.row.ranks;
+        let former = entry.flags.has(FlowFlags::FORMER) || !self.local.leased && third.is_some();
+        if !former && (entry.flow_state().is_live() || owner == self.local.slot && self.local.leased) {
             return true;
         }
-        if arrival.hops > 0 {
-            // Who is asked says what it has.
+        if arrival.hops >= MAX_HOPS {
             return true;
         }
         let acting = self.acting_owner(tables);
         if acting.is_some() && acting != self.local.slot {
-            return false;
+            // Who is asked says what it has.
+            return arrival.hops > 0;
         }
         !former || !self.other_holder(tables).is_some()
+    }
+
+    /// Whether the packet may go back to who has its flow, or has just recorded it.
+    #[inline(always)]
+    const fn returns(&self, arrival: &Arrival) -> bool {
+        self.known && arrival.hops <= MAX_HOPS
     }
 
     /// Whether there are other members that might say what we may not.
@@ -443,7 +449,8 @@ impl Roles {
         let (bypassed, known) = if to == self.bypassed {
             (MemberSlot::NONE, false)
         } else if self.bypassed.is_some() {
-            (self.bypassed, self.known)
+            // Who gets it may hand it on no more: that we have the flow says more than whom others passed over.
+            if knows { (self.local.slot, true) } else { (self.bypassed, self.known) }
         } else if to != owner && owner.is_some() && !self.usable(tables, owner) {
             (owner, knows && owner == self.local.slot)
         } else if knows {
@@ -558,11 +565,11 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
     let known = tables.flow(&decision.key);
     let acting = roles.acting_owner(tables);
     let theirs = acting != roles.local.slot && acting.is_some() && arrival.hops < MAX_HOPS;
-    let recorded = roles.known && arrival.hops <= MAX_HOPS;
+    let recorded = roles.returns(arrival);
     if let Some(entry) = known
         && entry.flow_state().is_live()
     {
-        if !(recorded || entry.flags.has(FlowFlags::FORMER) && theirs) {
+        if !(recorded || theirs && (entry.flags.has(FlowFlags::FORMER) || !roles.local.leased)) {
             seen(decision, entry, Outcome::Hit, roles, service);
             return;
         }
@@ -652,7 +659,7 @@ fn other<T: Tables>(
         decision.at_once |= service.replicate_syn;
         return;
     }
-    let mut asked = if hops_left { roles.asked(tables) } else { MemberSlot::NONE };
+    let mut asked = if hops_left || roles.returns(arrival) { roles.asked(tables) } else { MemberSlot::NONE };
     if hops_left && !asked.is_some() && !datagram {
         asked = roles.doubted_holder(tables);
     }
@@ -696,9 +703,10 @@ fn icmp_error<T: Tables>(
         decision.outcome = Outcome::IcmpSteered;
         return;
     }
-    if arrival.hops < MAX_HOPS {
+    let hops_left = arrival.hops < MAX_HOPS;
+    if hops_left || roles.returns(arrival) {
         let acting = roles.acting_owner(tables);
-        let to = if acting == roles.local.slot { roles.asked(tables) } else { acting };
+        let to = if hops_left && acting != roles.local.slot { acting } else { roles.asked(tables) };
         if to.is_some() {
             decision.verdict = roles.hand_off(tables, to, arrival, flow.is_some());
             decision.outcome = if acting == roles.local.slot { Outcome::Asked } else { Outcome::HandedOff };
@@ -719,9 +727,7 @@ fn pick<T: Tables>(
     outcome: Outcome,
 ) {
     let error = matches!(outcome, Outcome::IcmpSteered);
-    // Who has the flow handed it off, and no hop is left to ask it: views differ, and soon will not.
-    let elsewhere = roles.known && matches!(outcome, Outcome::Recovered);
-    if !roles.row.owner().is_some() || (!roles.local.leased && roles.others() && !error) || elsewhere {
+    if !roles.row.owner().is_some() || (!roles.local.leased && roles.others() && !error) {
         decision.verdict = Verdict::Drop(DropReason::NotJoined);
         decision.outcome = Outcome::Dropped;
         return;

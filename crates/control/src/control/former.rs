@@ -18,6 +18,9 @@ pub(super) const STRANGERS_STAY: Duration = Duration::from_secs(10);
 /// So long after we are back, and without an open window, the others have told us of all that they hold with us.
 pub(super) const DOUBTS_LAST: Duration = Duration::from_secs(10);
 
+/// Others may suspect a member that has done nothing for so long, and act for it (LAN 0.8 s at the earliest).
+pub(super) const SUSPECTED_AFTER: Duration = Duration::from_millis(800);
+
 impl Control {
     /// Whether somebody may be lost with what it holds.
     pub(super) fn suspects(&self) -> bool {
@@ -50,19 +53,32 @@ impl Control {
         self.forwarder.set_former(&keys, former);
     }
 
-    /// We are back, in another process (`resumed`) or after a time in which we and the others did not hear of each other: meanwhile they
-    /// ended flows that we have, and used their tuples again. So what we have is asked for until its other holders have told us of it.
+    /// We are back, in another process (`resumed`) or after a time in which we and the others did not hear of each other, or hear of nobody
+    /// just now: meanwhile they end flows that we have, and use their tuples again. So what we have is asked for until its other holders have told us of it.
     pub(super) fn doubt_if_back(&mut self, now: Instant, resumed: bool) {
         let generation = self.view.get(self.settings.local).map_or(self.generation, |own| own.generation);
-        if resumed || generation > self.generation {
+        let cut_off = self.hears_nobody();
+        let was_cut_off = std::mem::replace(&mut self.cut_off, cut_off);
+        if resumed || generation > self.generation || cut_off && !was_cut_off {
             self.generation = generation;
-            self.set_former(&RowSet::All, true);
-            self.doubted_since = Some(now);
-            // Those that took our rows meanwhile may have recorded what we know better.
-            self.compare_soon(now);
+            self.doubt(now);
         } else if self.doubted_since.is_some() && self.is_alone() {
             self.doubted_since = Some(now);
         }
+    }
+
+    /// Nothing that we have is believed but what is told us from now on.
+    pub(super) fn doubt(&mut self, now: Instant) {
+        self.set_former(&RowSet::All, true);
+        self.doubted_since = Some(now);
+        // Those that took our rows meanwhile may have recorded what we know better.
+        self.compare_soon(now);
+    }
+
+    /// Whether all others are suspected. Two at least: one may as well have died, and then nobody is left to say better.
+    fn hears_nobody(&self) -> bool {
+        let mut others = self.view.members.iter().filter(|member| member.id != self.settings.local);
+        self.view.members.len() > 2 && others.all(|member| member.liveness == Liveness::Suspect)
     }
 
     /// The others have had the time to tell us of what we doubted.

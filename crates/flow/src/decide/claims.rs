@@ -21,13 +21,25 @@ pub(super) struct World {
     /// There is no member in the table.
     pub(super) alone: bool,
     pub(super) failed: Option<BackendIndex>,
+    pub(super) leased: bool,
+    /// There are two members.
+    pub(super) pair: bool,
 }
 
 pub(super) const NOW_MS: u64 = 100_000;
 
 impl World {
     pub(super) fn of(local: MemberSlot) -> Self {
-        Self { local, suspect: None, flow: None, cached: None, alone: false, failed: None }
+        Self {
+            local,
+            suspect: None,
+            flow: None,
+            cached: None,
+            alone: false,
+            failed: None,
+            leased: true,
+            pair: false,
+        }
     }
 
     fn decide(&self, arrival: Arrival, flags: u8) -> Decision {
@@ -43,7 +55,7 @@ impl World {
 
 impl Tables for World {
     fn local(&self) -> Local {
-        Local { slot: self.local, leased: true, seed: FlowSeed([1, 2]), now_ms: NOW_MS }
+        Local { slot: self.local, leased: self.leased, seed: FlowSeed([1, 2]), now_ms: NOW_MS }
     }
     fn service(&self, _: &FlowKey) -> ServiceMatch {
         ServiceMatch::Service(Service {
@@ -58,7 +70,8 @@ impl Tables for World {
         0
     }
     fn row(&self, _: u32) -> Row {
-        if self.alone { Row::EMPTY } else { Row { ranks: [OWNER, BACKUP, THIRD], flags: 0 } }
+        let third = if self.pair { MemberSlot::NONE } else { THIRD };
+        if self.alone { Row::EMPTY } else { Row { ranks: [OWNER, BACKUP, third], flags: 0 } }
     }
     fn previous_row(&self, _: u32) -> Option<Row> {
         None
@@ -232,12 +245,13 @@ fn handed_on(decision: &Decision) -> (MemberSlot, Arrival) {
     (to.to, Arrival { hops: to.hops, bypassed, known: to.known, ports: to.ports })
 }
 
+fn former(state: FlowState) -> Option<FlowEntry> {
+    let flags = FlowFlags(FlowFlags::FORMER);
+    recorded().map(|entry| FlowEntry { state: state as u8, flags, ..entry })
+}
+
 #[test]
 fn what_a_former_holder_has_is_asked_for_and_not_believed() {
-    let former = |state: FlowState| {
-        let flags = FlowFlags(FlowFlags::FORMER);
-        recorded().map(|entry| FlowEntry { state: state as u8, flags, ..entry })
-    };
     for state in [FlowState::Established, FlowState::Closing] {
         // From the wire it goes to the owner, with a word that the flow is known here.
         let third = World { flow: former(state), ..World::of(THIRD) };
@@ -270,13 +284,15 @@ fn what_a_former_holder_has_is_asked_for_and_not_believed() {
     assert_eq!(holds.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
 }
 
-/// Views differ: whom the former holder took for the owner handed the packet on, and the owner may hand it off no more.
+/// Views differ: whom the former holder took for the owner handed the packet on, and the owner may ask nobody else.
 #[test]
-fn with_no_hop_left_what_somebody_else_has_is_dropped_and_not_guessed() {
+fn with_no_hop_left_a_packet_goes_back_to_who_has_its_flow() {
     let last = |bypassed, known| Arrival { hops: MAX_HOPS, bypassed, known, ports: None };
     let owner = World::of(OWNER);
-    let decision = owner.decide(last(Some(MemberId(2)), true), DATA);
-    assert_eq!(decision.verdict, Verdict::Drop(DropReason::NotJoined));
+    let (to, arrival) = handed_on(&owner.decide(last(Some(MemberId(2)), true), DATA));
+    assert_eq!((to, arrival.known), (THIRD, false));
+    let third = World { flow: former(FlowState::Established), ..World::of(THIRD) };
+    assert_eq!(third.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
     // The twins: nobody says that it has it, or it may be gone with what it has; and who knows the flow forwards it.
     for arrival in [last(Some(MemberId(2)), false), last(None, false)] {
         assert_eq!(owner.decide(arrival, DATA).outcome, Outcome::Recovered);
@@ -285,6 +301,48 @@ fn with_no_hop_left_what_somebody_else_has_is_dropped_and_not_guessed() {
     assert_eq!(lost.decide(last(Some(MemberId(2)), true), DATA).outcome, Outcome::Recovered);
     let knows = World { flow: recorded(), ..World::of(OWNER) };
     assert_eq!(knows.decide(last(Some(MemberId(2)), true), DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+/// The others may have gone on without it: a daemon that is dead or was stopped, a member that was cut off.
+#[test]
+fn without_a_lease_what_is_known_is_asked_for_and_taken_if_nobody_knows_better() {
+    for (local, other) in [(OWNER, BACKUP), (BACKUP, OWNER), (THIRD, OWNER)] {
+        let world = World { flow: recorded(), leased: false, ..World::of(local) };
+        let (to, arrival) = handed_on(&world.decide(Arrival::WIRE, DATA));
+        assert_eq!((to, arrival.known), (other, true));
+        let (to, arrival) = handed_on(&World::of(other).decide(arrival, DATA));
+        assert_eq!(to, local);
+        assert_eq!(world.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+        // The twin.
+        let leased = World { leased: true, ..world };
+        assert_eq!(leased.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+    }
+    let suspecting = World { flow: recorded(), leased: false, suspect: Some(BACKUP), ..World::of(OWNER) };
+    let (to, _) = handed_on(&suspecting.decide(Arrival::WIRE, DATA));
+    assert_eq!(to, THIRD, "the next member of the row");
+    // Of two members the other one is rather lost.
+    let pair = World { flow: recorded(), leased: false, pair: true, ..World::of(OWNER) };
+    assert_eq!(pair.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+#[test]
+fn an_owner_that_doubts_asks_for_packets_that_were_handed_to_it_too() {
+    const OTHER: BackendIndex = BackendIndex(5);
+    for state in [FlowState::HalfOpen, FlowState::Established, FlowState::Closing] {
+        let third = World::of(THIRD);
+        let (to, arrival) = handed_on(&third.decide(Arrival::WIRE, DATA));
+        assert_eq!(to, OWNER);
+        let owner = World { flow: former(state), ..World::of(OWNER) };
+        let (to, arrival) = handed_on(&owner.decide(arrival, DATA));
+        assert_eq!((to, arrival.known), (BACKUP, true));
+        // The backup has what came after it, or nothing.
+        let knows = recorded().map(|entry| FlowEntry { backend: OTHER, ..entry });
+        let backup = World { flow: knows, ..World::of(BACKUP) };
+        assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(OTHER));
+        let (to, arrival) = handed_on(&World::of(BACKUP).decide(arrival, DATA));
+        assert_eq!(to, OWNER);
+        assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+    }
 }
 
 #[test]

@@ -4,23 +4,16 @@
 
 use super::{ServiceMatch, Tables, advance, is_unreported, picked};
 use crate::entry::{BackendIndex, FlowEntry, FlowFlags, FlowState};
-use crate::hash::{FlowSeed, flow_hash};
-use crate::member::MemberSlot;
+use crate::hash::flow_hash;
 use crate::packet::{Fragment, Packet, PacketKind};
 
 /// The way of most packets: an established flow of the flow table, whose packet changes nothing but when it was last seen.
 ///
 /// What [`decide`](super::decide) says of a packet from the wire, wherever this is not `None`: a verdict to forward to this backend, the outcome
-/// [`Outcome::Hit`](super::Outcome::Hit), [`Action::Update`](super::Action::Update) with `last_seen_ms` of now, and nothing else. It is made of the same pieces, reads a row
-/// only when [`Hit::is_known_to_owner`], and no lease. `None` says nothing.
+/// [`Outcome::Hit`](super::Outcome::Hit), [`Action::Update`](super::Action::Update) with `last_seen_ms` of now, and nothing else. It is made of the same pieces, and reads a row
+/// only when [`Hit::is_known_to_owner`]. `None` says nothing.
 #[inline(always)]
-pub fn hit<T: Tables>(
-    packet: &Packet,
-    tables: &T,
-    local: MemberSlot,
-    seed: FlowSeed,
-    now_ms: u64,
-) -> Option<Hit> {
+pub fn hit<T: Tables>(packet: &Packet, tables: &T) -> Option<Hit> {
     if !matches!(packet.kind, PacketKind::Tcp { .. } | PacketKind::Datagram)
         || !matches!(packet.fragment, Fragment::Whole)
     {
@@ -28,18 +21,23 @@ pub fn hit<T: Tables>(
     }
     let ServiceMatch::Service(service) = tables.service(&packet.key) else { return None };
     let entry = tables.flow(&packet.key)?;
+    let local = tables.local();
     // Asked first, so that hardly anything of `advance` is left.
-    if entry.state != FlowState::Established as u8 || entry.flags.has(FlowFlags::FORMER) || service.resets {
+    if entry.state != FlowState::Established as u8
+        || entry.flags.has(FlowFlags::FORMER)
+        || service.resets
+        || !local.leased
+    {
         return None;
     }
     let (entry, changed) = advance(entry, packet, false);
     if changed {
         return None;
     }
-    let is_known_to_owner = is_unreported(&entry, &service, now_ms);
+    let is_known_to_owner = is_unreported(&entry, &service, local.now_ms);
     if is_known_to_owner {
-        let row = tables.row(tables.hashed_row_of(&packet.key, seed));
-        if row.owner() != local {
+        let row = tables.row(tables.hashed_row_of(&packet.key, local.seed));
+        if row.owner() != local.slot {
             return None;
         }
     }

@@ -20,12 +20,6 @@ fn packets() -> Vec<Packet> {
     bytes.iter().filter_map(|bytes| parse(bytes.as_slice(), Link::Ip).ok()).collect()
 }
 
-/// [`hit`] as the world's member calls it.
-fn whole(packet: &Packet, world: &World) -> Option<Hit> {
-    let local = world.local();
-    hit(packet, world, local.slot, local.seed, local.now_ms)
-}
-
 #[test]
 fn what_is_a_hit_the_whole_decision_says_too_with_nothing_besides() {
     let mut hits = 0;
@@ -41,7 +35,7 @@ fn what_is_a_hit_the_whole_decision_says_too_with_nothing_besides() {
                     });
                     let world = World { flow, failed, ..World::of(local) };
                     for packet in packets() {
-                        let Some(found) = whole(&packet, &world) else { continue };
+                        let Some(found) = hit(&packet, &world) else { continue };
                         hits += 1;
                         let decision = decide(&packet, &Arrival::WIRE, &world);
                         let seen = FlowEntry { last_seen_ms: NOW_MS, ..flow.unwrap() };
@@ -66,20 +60,21 @@ fn what_is_a_hit_the_whole_decision_says_too_with_nothing_besides() {
 #[test]
 fn data_of_an_established_connection_is_a_hit_and_whatever_changes_it_is_none() {
     let world = World { flow: recorded(), ..World::of(OWNER) };
-    let hit = |flags, world: &World| {
+    let backend_of = |flags, world: &World| {
         let packet = parse(samples::tcp(4, flags, b"data").as_slice(), Link::Ip).unwrap();
-        whole(&packet, world).map(|found| found.backend)
+        hit(&packet, world).map(|found| found.backend)
     };
-    assert_eq!(hit(tcp_flags::ACK, &world), Some(RECORDED));
+    assert_eq!(backend_of(tcp_flags::ACK, &world), Some(RECORDED));
     for flags in [tcp_flags::SYN, tcp_flags::ACK | tcp_flags::FIN, tcp_flags::RST] {
-        assert_eq!(hit(flags, &world), None, "{flags}");
+        assert_eq!(backend_of(flags, &world), None, "{flags}");
     }
     let half_open = recorded().map(|entry| FlowEntry { state: FlowState::HalfOpen as u8, ..entry });
-    assert_eq!(hit(tcp_flags::ACK, &World { flow: half_open, ..World::of(OWNER) }), None);
-    assert_eq!(hit(tcp_flags::ACK, &World { failed: Some(RECORDED), ..world.clone() }), None);
+    assert_eq!(backend_of(tcp_flags::ACK, &World { flow: half_open, ..World::of(OWNER) }), None);
+    assert_eq!(backend_of(tcp_flags::ACK, &World { failed: Some(RECORDED), ..world.clone() }), None);
     let former = recorded().map(|entry| FlowEntry { flags: FlowFlags(FlowFlags::FORMER), ..entry });
-    assert_eq!(hit(tcp_flags::ACK, &World { flow: former, ..World::of(OWNER) }), None);
-    assert_eq!(hit(tcp_flags::ACK, &World::of(OWNER)), None);
+    assert_eq!(backend_of(tcp_flags::ACK, &World { flow: former, ..World::of(OWNER) }), None);
+    assert_eq!(backend_of(tcp_flags::ACK, &World { leased: false, ..world.clone() }), None);
+    assert_eq!(backend_of(tcp_flags::ACK, &World::of(OWNER)), None);
 }
 
 #[test]
@@ -89,7 +84,7 @@ fn the_owner_brings_the_time_up_to_date_that_others_report_and_tells_nobody() {
     for (local, event) in [(OWNER, None), (BACKUP, Some(FlowEventKind::Touched))] {
         let world = World { flow, ..World::of(local) };
         let owner = Hit { backend: RECORDED, is_known_to_owner: true };
-        assert_eq!(whole(&packet, &world), (local == OWNER).then_some(owner));
+        assert_eq!(hit(&packet, &world), (local == OWNER).then_some(owner));
         let decision = decide(&packet, &Arrival::WIRE, &world);
         assert_eq!((decision.entry.last_reported_ms, decision.event), (NOW_MS, event));
     }

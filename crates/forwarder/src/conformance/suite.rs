@@ -184,8 +184,10 @@ fn lease(start: &mut Start<'_>) {
     let mut harness = begin(start, &World { backend: 1, ..World::default() });
     harness.forwarder().upsert(&[record(key(FLOW), 2, FlowState::Established)]);
     harness.forwarder().renew_lease(Duration::ZERO);
-    // What the table knows is forwarded; all else goes to the next member, as if we suspected ourselves.
-    assert_eq!(destination(&mut *harness, ACK), ip("10.0.1.3"));
+    // All goes to the next member, as if we suspected ourselves; what it does not know comes back.
+    assert_eq!(destination(&mut *harness, ACK), ip("10.0.0.2"));
+    let back = format!("{HANDED} hops=2 {{{ACK}}}");
+    assert_eq!(destination(&mut *harness, &back), ip("10.0.1.3"));
     let new = "ip4 10.9.0.1>192.0.2.1 tcp 40002>80 S";
     assert_eq!(destination(&mut *harness, new), ip("10.0.0.2"));
     assert_eq!(harness.forwarder().get(&key("tcp 10.9.0.1 40002 192.0.2.1 80")), None);

@@ -1,10 +1,9 @@
-//! *No loop*: a packet is handed off at most twice, whatever the views, and a SYN once more, back to who has recorded it.
+//! *No loop*: a packet is handed off at most twice, whatever the views, and once more only back to who has its flow.
 
 use phalanx_flow::Verdict;
 use phalanx_flow::decide::MAX_HOPS;
 
 use super::{Checker, Findings};
-use crate::world::event::Kind;
 use crate::world::{Ruling, World};
 
 /// See the module's doc.
@@ -18,8 +17,10 @@ impl Checker for NoLoop {
 
     fn ruled(&mut self, _: &World, ruling: &Ruling<'_>, findings: &mut Findings) {
         let hand_offs = ruling.packet.path.len() - 1;
-        let allowed = usize::from(MAX_HOPS) + usize::from(ruling.packet.kind == Kind::Syn);
-        if matches!(ruling.decision.verdict, Verdict::HandOff(_)) && hand_offs >= allowed {
+        let Verdict::HandOff(hand_off) = ruling.decision.verdict else { return };
+        // To whom the sender passed over, nobody else would say that nobody was.
+        let returns = ruling.arrival.known && !hand_off.known && !hand_off.bypassed.is_some();
+        if hand_offs >= usize::from(MAX_HOPS) + usize::from(returns) {
             findings.violate(format!("flow {} by {:?}", ruling.packet.flow, ruling.packet.path));
         }
     }

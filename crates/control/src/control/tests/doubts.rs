@@ -3,7 +3,7 @@
 use phalanx_flow::FlowFlags;
 
 use super::*;
-use crate::control::former::DOUBTS_LAST;
+use crate::control::former::{DOUBTS_LAST, SUSPECTED_AFTER};
 
 impl Site {
     /// Member 1 renews its identity: the others held it to be down, or it them.
@@ -51,13 +51,47 @@ fn who_comes_back_doubts_all_it_has_and_nobody_else_does() {
 }
 
 #[test]
+fn who_suspects_all_others_doubts_what_it_has_and_who_suspects_one_does_not() {
+    for (suspects, doubts) in [(&[2][..], false), (&[2, 3][..], true)] {
+        let mut site = Site::new(&[1, 2, 3]);
+        site.see(&[1, 2, 3], &[], 1, None);
+        site.pass(LINGER + 4 * TICK);
+        site.open();
+        let had = (0..FLOWS).filter(|n| site.has(1, *n)).count();
+        assert!(had > 0);
+        for &id in suspects {
+            site.set_liveness(id, Liveness::Suspect);
+        }
+        assert_eq!(site.doubted(), if doubts { had } else { 0 });
+        // Nobody resolves doubts while those who could are suspected.
+        site.pass(DOUBTS_LAST + 4 * TICK);
+        assert_eq!(site.doubted() > 0, doubts);
+        for &id in suspects {
+            site.set_liveness(id, Liveness::Alive);
+        }
+        site.pass(DOUBTS_LAST + 4 * TICK);
+        assert_eq!(site.doubted(), 0);
+    }
+}
+
+#[test]
+fn who_stood_still_for_as_long_as_others_take_to_suspect_it_doubts_what_it_has() {
+    for (still, doubts) in [(TICK, 0), (SUSPECTED_AFTER, usize::from(FLOWS))] {
+        let mut site = site();
+        site.now += still - TICK;
+        site.pass(TICK);
+        assert_eq!(site.doubted(), doubts);
+    }
+}
+
+#[test]
 fn time_that_a_member_stood_still_resolves_no_doubt() {
     let mut site = site();
     site.renew(1);
     site.now += DOUBTS_LAST;
     site.pass(4 * TICK);
     assert_eq!(site.doubted(), usize::from(FLOWS));
-    site.pass(DOUBTS_LAST);
+    site.pass(DOUBTS_LAST + 4 * TICK);
     assert_eq!(site.doubted(), 0);
 }
 

@@ -6,7 +6,7 @@ use aya_ebpf::programs::XdpContext;
 use phalanx_flow::decide::{Outcome, hit};
 use phalanx_flow::encap::{EncapError, Outer, encapsulate, is_spread};
 use phalanx_flow::packet::{Fragment, Link, Packet, PacketKind, Reader as _, parse, parse_plain};
-use phalanx_flow::{FlowSeed, MemberSlot, Method, flow_hash};
+use phalanx_flow::{FlowSeed, Method, flow_hash};
 
 use super::send::{backend, leave, link_in_words};
 use super::{count, count_hit, counters, drop, go, header, work};
@@ -80,14 +80,13 @@ fn plain(
     let handed_off = is_handed_off(packet, words, header);
     if !handed_off {
         let view = View::<true>::new(header, plan, coarse_ms(counters), words);
-        let (local, seed) = (MemberSlot(header.local_slot), FlowSeed(header.seed));
-        if let Some(found) = hit(packet, &view, local, seed, view.now_ms)
+        if let Some(found) = hit(packet, &view)
             && let Some(backend) = backend(plan, found.backend)
             && backend.hop.interface != 0
             && let Some(method) = Method::from_u8(backend.method)
         {
             let spread = is_spread(method, backend.family);
-            let hash = if spread { flow_hash(seed, &view.key(packet.key.family)) } else { 0 };
+            let hash = if spread { flow_hash(FlowSeed(header.seed), &view.key(packet.key.family)) } else { 0 };
             let port = u16::from_be_bytes(backend.port_be);
             let (source, destination) = (read(&backend.source), read(&backend.address));
             let outer = Outer::new(method, backend.family, source, destination, port, hash);

@@ -27,6 +27,7 @@ mod repair;
 
 use cached::Kept;
 use former::SUSPECTED_AFTER;
+pub use former::doubt_all;
 use repair::Repair;
 pub use repair::{REPAIR_EVERY, RepairCounters};
 
@@ -195,7 +196,7 @@ impl Control {
     }
 
     /// The same with a forwarder that has the flows of an earlier process, of boot `boot`, and a planner that was
-    /// [restored](Planner::restore): the first view is a change from there, not the first one.
+    /// [restored](Planner::restore): the first view is a change from there, not the first one. [`doubt_all`] comes first.
     #[must_use]
     pub const fn resumed(mut self, boot: u64) -> Self {
         self.resumed = Some(boot);

@@ -20,6 +20,6 @@ mod lost;
 pub mod planner;
 pub mod shared;
 
-pub use control::{Control, Event, REPAIR_EVERY, RepairCounters, Settings, forget_flows};
+pub use control::{Control, Event, REPAIR_EVERY, RepairCounters, Settings, doubt_all, forget_flows};
 pub use planner::{Destination, Destinations, Fixed, Planner, Service, Snapshot, TableRanking};
 pub use shared::SharedTables;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_flow::member::Liveness;
 use phalanx_flow::{FlowFlags, FlowKey, Record};
-use phalanx_forwarder::RowSet;
+use phalanx_forwarder::{Forwarder, RowSet};
 use phalanx_rebalancer::Ranking as _;
 
 use super::Control;
@@ -20,6 +20,23 @@ pub(super) const DOUBTS_LAST: Duration = Duration::from_secs(10);
 
 /// Others may suspect a member that has done nothing for so long, and act for it (LAN 0.8 s at the earliest).
 pub(super) const SUSPECTED_AFTER: Duration = Duration::from_millis(800);
+
+/// Marks all that `forwarder` has: what an earlier process has left is asked for until the others have told us theirs. To be called before
+/// anything renews the lease: until then nothing of it is believed anyway.
+pub fn doubt_all(forwarder: &dyn Forwarder) {
+    set_former(forwarder, &RowSet::All, true);
+}
+
+/// Sets or clears the mark of former entries in these rows.
+fn set_former(forwarder: &dyn Forwarder, rows: &RowSet, former: bool) {
+    let mut keys = Vec::new();
+    forwarder.visit(rows, &mut |record| {
+        if record.flags.has(FlowFlags::FORMER) != former {
+            keys.push(record.key);
+        }
+    });
+    forwarder.set_former(&keys, former);
+}
 
 impl Control {
     /// Whether somebody may be lost with what it holds.
@@ -39,18 +56,7 @@ impl Control {
                 && past.iter().map(|table| &**table).chain(planned_before).any(|table| gives(table, *row))
         };
         let rows = RowSet::from_rows((0..current.row_count()).filter(lost));
-        self.set_former(&rows, true);
-    }
-
-    /// Sets or clears the mark of former entries in these rows.
-    fn set_former(&self, rows: &RowSet, former: bool) {
-        let mut keys = Vec::new();
-        self.forwarder.visit(rows, &mut |record| {
-            if record.flags.has(FlowFlags::FORMER) != former {
-                keys.push(record.key);
-            }
-        });
-        self.forwarder.set_former(&keys, former);
+        set_former(&*self.forwarder, &rows, true);
     }
 
     /// We are back, in another process (`resumed`) or after a time in which we and the others did not hear of each other, or hear of nobody
@@ -69,7 +75,7 @@ impl Control {
 
     /// Nothing that we have is believed but what is told us from now on.
     pub(super) fn doubt(&mut self, now: Instant) {
-        self.set_former(&RowSet::All, true);
+        doubt_all(&*self.forwarder);
         self.doubted_since = Some(now);
         // Those that took our rows meanwhile may have recorded what we know better.
         self.compare_soon(now);
@@ -103,7 +109,7 @@ impl Control {
     pub(super) fn believe_what_is_ours(&self) {
         let (local, current) = (Some(self.settings.local), self.planner.current());
         let ours = (0..current.row_count()).filter(|row| current.holders(*row).contains(&local));
-        self.set_former(&RowSet::from_rows(ours), false);
+        set_former(&*self.forwarder, &RowSet::from_rows(ours), false);
     }
 
     /// Records have come: those that no table gives us stay for a while, but are not believed.

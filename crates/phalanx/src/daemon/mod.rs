@@ -139,6 +139,7 @@ async fn run_in_runtime(config: Config) -> anyhow::Result<Ended> {
     });
     if let Some(Resumed { boot, .. }) = resumed {
         tracing::info!(boot, "going on with the pinned tables of an earlier start");
+        phalanx_control::doubt_all(&*started.forwarder);
     }
     let ended = run_member(config, keys, planner, Arc::clone(&started.forwarder), resumed).await;
     // Who left is in nobody's table any more. Else what was found pinned goes on as it did before this start.

@@ -3,7 +3,7 @@
 use phalanx_flow::FlowFlags;
 
 use super::*;
-use crate::control::former::{DOUBTS_LAST, SUSPECTED_AFTER};
+use crate::control::former::{DOUBTS_LAST, SUSPECTED_AFTER, doubt_all};
 
 impl Site {
     /// Member 1 renews its identity: the others held it to be down, or it them.
@@ -48,6 +48,13 @@ fn who_comes_back_doubts_all_it_has_and_nobody_else_does() {
     assert!(site.doubted() > 0);
     site.pass(8 * TICK);
     assert_eq!(site.doubted(), 0);
+}
+
+#[test]
+fn what_an_earlier_process_has_left_is_doubted_before_there_is_any_view() {
+    let site = site();
+    doubt_all(site.forwarder(1));
+    assert_eq!(site.doubted(), usize::from(FLOWS));
 }
 
 #[test]

@@ -401,10 +401,12 @@ fn a_frame_for_another_hosts_mac_is_left_alone_and_counted_and_the_same_for_ours
     let hops = World::default().next_hops(site.interface);
     site.forwarder.set_next_hops(hops.clone());
     assert_eq!(site.returned(OTHER), XDP_PASS);
+    // The kernel sends frames to groups of its own accord (MLD, router solicitations).
+    let passed = site.forwarder.counters().outcome(Outcome::Passed);
     assert_eq!(site.returned([0xff; 6]), XDP_PASS);
     let counters = site.forwarder.counters();
     assert_eq!((counters.other_host, counters.half_open), (1, 0), "{counters:?}");
-    assert_eq!(counters.outcome(Outcome::Passed), 1, "of the group's");
+    assert!(counters.outcome(Outcome::Passed) > passed, "of the group's");
     assert_eq!(site.returned(OUR_MAC), XDP_TX);
     let counters = site.forwarder.counters();
     assert_eq!((counters.other_host, counters.half_open), (1, 1), "{counters:?}");

@@ -734,8 +734,9 @@ fn what_waits_for_the_next_backup_is_unprotected_once_it_is_the_backup() {
     assert!(all_held(&world, 0..40));
 }
 
-#[test]
-fn a_backup_that_is_cut_off_is_replaced_by_one_that_has_acknowledged_already() {
+/// Member 2 cannot be told of what member 1 has recorded, and a change is planned that makes member 3 the backup: the world, the change, and
+/// the flows.
+fn cut_off_backup_with_another_planned() -> (World, std::sync::Arc<TestRanking>, Vec<u16>) {
     let mut world = World::new(&[1, 2]);
     world.start(3);
     world.disconnect(1, 2);
@@ -746,6 +747,12 @@ fn a_backup_that_is_cut_off_is_replaced_by_one_that_has_acknowledged_already() {
         world.change(1, n, FlowState::Established);
     }
     world.settle();
+    (world, pending, owned)
+}
+
+#[test]
+fn a_backup_that_is_cut_off_is_replaced_by_one_that_has_acknowledged_already() {
+    let (mut world, pending, owned) = cut_off_backup_with_another_planned();
     assert_eq!(world.unprotected(), owned.len());
     world.put_in_force(pending);
     world.settle();
@@ -971,16 +978,7 @@ fn tombstones_are_bounded_in_number_and_time() {
 
 #[test]
 fn what_was_acknowledged_for_a_change_that_was_dropped_does_not_count_in_a_later_one() {
-    let mut world = World::new(&[1, 2]);
-    world.start(3);
-    world.disconnect(1, 2);
-    let pending = world.plan(&[(1, 1), (3, 1)]);
-    let owned: Vec<u16> = (0..60).filter(|&n| world.holders(n) == [1, 2]).collect();
-    for &n in &owned {
-        world.syn(1, n, 1, false);
-        world.change(1, n, FlowState::Established);
-    }
-    world.settle();
+    let (mut world, pending, owned) = cut_off_backup_with_another_planned();
     let remembered = world.node(1).replicator.remembered();
     // Whoever was sent something for it sweeps that now.
     let live = world.live();

@@ -6,6 +6,7 @@ use std::time::Duration;
 use phalanx_flow::{BackendId, BackendIndex, FlowEntry, FlowFlags, FlowKey, FlowState, Record, Version};
 
 use super::CompiledPlan;
+use crate::plan::PlanService;
 
 /// How long a flow is kept after its last packet when its service has gone from the configuration.
 const ORPHAN_LIFE: Duration = Duration::from_secs(60);
@@ -51,12 +52,31 @@ pub fn is_replaced(entry: &FlowEntry, backend: Option<BackendId>, record: &Recor
     version.is_replaced_by(record.version(), backends)
 }
 
-/// How long an entry of the flow table is kept after its last packet.
-pub fn life(plan: &CompiledPlan, key: &FlowKey, entry: &FlowEntry) -> Duration {
-    plan.service_of(key).map_or(ORPHAN_LIFE, |service| match entry.flow_state() {
+/// How many states a flow may be in.
+pub(super) const FLOW_STATES: usize = 4;
+
+/// How long an entry of the flow table is kept at the least, by state, whatever its service.
+pub(super) fn shortest_lives(services: &[PlanService]) -> [u64; FLOW_STATES] {
+    let mut lives = [ORPHAN_LIFE.as_millis() as u64; FLOW_STATES];
+    for (number, shortest) in (0..).zip(&mut lives) {
+        let Some(state) = FlowState::from_u8(number) else { continue };
+        for service in services {
+            *shortest = (*shortest).min(life_in(service, state).as_millis() as u64);
+        }
+    }
+    lives
+}
+
+fn life_in(service: &PlanService, state: FlowState) -> Duration {
+    match state {
         FlowState::HalfOpen => service.half_open,
         FlowState::Established => service.idle,
         FlowState::Closing => service.linger,
         FlowState::Reset => service.reset_linger,
-    })
+    }
+}
+
+/// How long an entry of the flow table is kept after its last packet.
+pub fn life(plan: &CompiledPlan, key: &FlowKey, entry: &FlowEntry) -> Duration {
+    plan.service_of(key).map_or(ORPHAN_LIFE, |service| life_in(service, entry.flow_state()))
 }

@@ -35,10 +35,10 @@ use crate::plan::{NextHop, NextHops, Plan, PlanBackend, PlanMember, PlanService}
 use crate::{Counters, Drop, InstallError, RowSet, Upserted};
 pub use ahead::{Ahead, GROUP};
 pub use clock::Clock;
-use entry::{entry_of, is_replaced, life, record_of};
+use entry::{FLOW_STATES, entry_of, is_replaced, life, record_of, shortest_lives};
 pub use held::{Held, HeldFrame};
 pub use table::TableLimits;
-use table::{FlowTable, Put, Shard};
+use table::{ByShare, FlowTable, Put, Shard};
 
 /// Events that wait for the daemon at the most; what comes then is counted and found by the daemon's scan.
 const MAX_EVENTS: usize = 1 << 18;
@@ -66,6 +66,8 @@ pub struct CompiledPlan {
     local_address: ([u8; 16], u8),
     slots: HashMap<MemberId, MemberSlot>,
     backends: HashMap<BackendId, BackendIndex>,
+    /// How long an entry in each state is kept at the least, by [`FlowState`].
+    shortest_life_ms: [u64; FLOW_STATES],
 }
 
 impl CompiledPlan {
@@ -103,7 +105,8 @@ impl CompiledPlan {
             (0_u16..).zip(&plan.members).map(|(slot, member)| (member.id, MemberSlot(slot))).collect();
         let backends =
             (0_u32..).zip(&plan.backends).map(|(index, backend)| (backend.id, BackendIndex(index))).collect();
-        Ok(Self { plan, services, addresses, local_address, slots, backends })
+        let shortest_life_ms = shortest_lives(&plan.services);
+        Ok(Self { plan, services, addresses, local_address, slots, backends, shortest_life_ms })
     }
 
     /// The address that hand-offs to us are sent to, IPv4 as mapped, and its family.
@@ -678,14 +681,41 @@ impl Engine {
     pub fn upsert(&self, records: &[Record]) -> Vec<Upserted> {
         let plan = self.plan();
         let now_ms = self.now_ms();
-        records.iter().map(|record| self.upsert_one(&plan, record, now_ms)).collect()
+        let mut results = vec![Upserted::UnknownBackend; records.len()];
+        let mut last: Option<(BackendId, BackendIndex)> = None;
+        // By share: each is locked once, and between locks memory answers for several records at once. Records of one flow stay in order.
+        let mut shares = ByShare::new(records.iter().map(|record| flow_hash(plan.plan.seed, &record.key)));
+        while let Some((mut shard, places)) = shares.next_share(&self.table) {
+            for group in places.chunks(GROUP) {
+                shard.prefetch_for_writes(group.iter().map(|(_, hash)| *hash));
+                for &(place, hash) in group {
+                    let record = &records[place];
+                    let index = match last {
+                        Some((id, index)) if id == record.backend => index,
+                        _ => {
+                            let Some(index) = plan.backend_index(&record.backend) else { continue };
+                            last = Some((record.backend, index));
+                            index
+                        }
+                    };
+                    results[place] = self.upsert_one(&plan, &mut shard, hash, record, index, now_ms);
+                }
+            }
+        }
+        results
     }
 
-    fn upsert_one(&self, plan: &CompiledPlan, record: &Record, now_ms: u64) -> Upserted {
-        let Some(index) = plan.backend_index(&record.backend) else { return Upserted::UnknownBackend };
-        let hash = flow_hash(plan.plan.seed, &record.key);
-        let mut shard = self.table.shard(hash);
+    fn upsert_one(
+        &self,
+        plan: &CompiledPlan,
+        shard: &mut Shard,
+        hash: u64,
+        record: &Record,
+        index: BackendIndex,
+        now_ms: u64,
+    ) -> Upserted {
         let mut entry = entry_of(record, index, now_ms);
+        let mut is_new = true;
         if let Some(current) = shard.get_mut(hash, &record.key) {
             let backend = plan.backend(current.backend).map(|backend| backend.id);
             if !is_replaced(current, backend, record) {
@@ -694,9 +724,15 @@ impl Engine {
                 return Upserted::Stale;
             }
             entry.last_seen_ms = entry.last_seen_ms.max(current.last_seen_ms);
+            is_new = false;
         }
-        shard.cache.pop(&record.key);
-        match shard.put(hash, record.key, entry) {
+        // Most members have none, and to ask costs a hash.
+        if !shard.cache.is_empty() {
+            shard.cache.pop(&record.key);
+        }
+        let put =
+            if is_new { shard.insert(hash, record.key, entry) } else { shard.put(hash, record.key, entry) };
+        match put {
             Put::Done => Upserted::Applied,
             Put::Evicted => {
                 self.counters.half_open_evicted.fetch_add(1, Ordering::Relaxed);
@@ -858,8 +894,13 @@ impl Engine {
             }
             shard.next_scan_ms = now_ms + SCAN_EVERY_MS;
             for (key, _, entry) in shard.iter_mut() {
+                let idle_ms = now_ms.saturating_sub(entry.last_seen_ms);
+                // Nearly all: their service need not be looked for.
+                if idle_ms <= plan.shortest_life_ms[entry.flow_state() as usize] {
+                    continue;
+                }
                 let life = life(&plan, key, entry);
-                if now_ms.saturating_sub(entry.last_seen_ms) > life.as_millis() as u64 {
+                if idle_ms > life.as_millis() as u64 {
                     expired.extend(record(&plan, key, entry, now_ms));
                 }
             }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
@@ -15,6 +15,9 @@ use super::pages::Pages;
 
 /// Shards of the table; a power of two, many more than forwarding threads, so that they seldom meet.
 const SHARDS: usize = 64;
+
+/// Room for fewer flows than this is made at once: some milliseconds.
+const MUCH_ROOM: usize = 1 << 16;
 
 /// Limits of a [`FlowTable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +36,9 @@ impl Default for TableLimits {
     }
 }
 
+/// Bytes that memory is asked for at once.
+const CACHE_LINE: usize = 64;
+
 type Slot = (FlowKey, u64, FlowEntry);
 
 /// One share of the table.
@@ -47,6 +53,10 @@ pub(crate) struct Shard {
     max_half_open: usize,
     /// Where the next scan for expired entries goes on.
     pub(crate) next_scan_ms: u64,
+    /// Flows for which there is to be room before the next is written.
+    wanted: usize,
+    /// What [`Self::tags`] said last, for hints; as many tags as there were then.
+    known_tags: (usize, usize),
 }
 
 /// What became of a write.
@@ -72,11 +82,14 @@ impl Shard {
             max_flows: share(limits.flows) + share(limits.flows) / 8,
             max_half_open: share(limits.half_open),
             next_scan_ms: 0,
+            wanted: 0,
+            known_tags: (0, 0),
         }
     }
 
-    fn make_room(&mut self, flows: usize) {
-        let room = flows.min(self.max_flows.saturating_sub(self.flows.len()));
+    /// Makes the room that is wanted, if it is not made yet.
+    fn make_room(&mut self) {
+        let room = std::mem::take(&mut self.wanted).min(self.max_flows.saturating_sub(self.flows.len()));
         self.flows.reserve(room, |slot| slot.1);
     }
 
@@ -117,6 +130,27 @@ impl Shard {
         Some(std::ptr::from_ref(slot).addr() + (index + 1) * size_of::<Slot>())
     }
 
+    /// Asks for the memory that writes of these flows are about to need: the tags, and the slots where new ones will most likely be. Without
+    /// that each waits for it twice, one after the other.
+    pub(crate) fn prefetch_for_writes(&mut self, hashes: impl Iterator<Item = u64>) {
+        self.make_room();
+        let buckets = self.flows.num_buckets();
+        if buckets != self.known_tags.1 {
+            let Some((tags, _)) = self.tags() else { return };
+            self.known_tags = (tags, buckets);
+        }
+        let (tags, buckets) = self.known_tags;
+        for hash in hashes {
+            let index = hash as usize & (buckets - 1);
+            prefetch(tags.wrapping_add(index));
+            // The slot and the next one, which lies in front of it.
+            let end = tags.wrapping_sub(index * size_of::<Slot>());
+            for line in 0..=2 * size_of::<Slot>() / CACHE_LINE {
+                prefetch(end.wrapping_sub(1 + line * CACHE_LINE));
+            }
+        }
+    }
+
     /// Writes an entry where its state belongs.
     pub(crate) fn put(&mut self, hash: u64, key: FlowKey, entry: FlowEntry) -> Put {
         let same = |slot: &Slot| slot.0 == key;
@@ -127,15 +161,23 @@ impl Shard {
             }
             found.remove();
         }
+        if entry.flow_state() != FlowState::HalfOpen
+            && self.flows.len() < self.max_flows
+            && let Ok(found) = self.half_open.find_entry(hash, same)
+        {
+            found.remove();
+        }
+        self.insert(hash, key, entry)
+    }
+
+    /// Writes the entry of a flow that has none, or a half-open one of a flow that stays so.
+    pub(crate) fn insert(&mut self, hash: u64, key: FlowKey, entry: FlowEntry) -> Put {
         if entry.flow_state() == FlowState::HalfOpen {
             return self.put_half_open(hash, key, entry);
         }
         if self.flows.len() >= self.max_flows {
             // What is half-open stays so: the flow goes on by the consistent choice.
             return Put::Full;
-        }
-        if let Ok(found) = self.half_open.find_entry(hash, same) {
-            found.remove();
         }
         self.flows.insert_unique(hash, (key, hash, entry), |slot| slot.1);
         Put::Done
@@ -202,6 +244,60 @@ impl Shard {
     }
 }
 
+/// The place of a flow in a list, and its hash.
+type Place = (usize, u64);
+
+/// Places in a list of flows, share by share, in their order within each.
+#[derive(Debug)]
+pub(crate) struct ByShare {
+    places: Vec<Place>,
+    /// Where the places of each share end.
+    ends: [usize; SHARDS],
+    next: usize,
+}
+
+impl ByShare {
+    /// Sorts flows by their hashes.
+    pub(crate) fn new(hashes: impl ExactSizeIterator<Item = u64>) -> Self {
+        let hashes: Vec<u64> = hashes.collect();
+        let mut counts = [0; SHARDS];
+        for hash in &hashes {
+            counts[share_of(*hash)] += 1;
+        }
+        let mut ends = [0; SHARDS];
+        let mut total = 0;
+        for (end, count) in ends.iter_mut().zip(counts) {
+            // Where they begin, until they are put there.
+            *end = total;
+            total += count;
+        }
+        let mut places = vec![(0, 0); hashes.len()];
+        for (place, hash) in hashes.into_iter().enumerate() {
+            let end = &mut ends[share_of(hash)];
+            places[*end] = (place, hash);
+            *end += 1;
+        }
+        Self { places, ends, next: 0 }
+    }
+
+    /// The next share that has any, locked, with theirs.
+    pub(crate) fn next_share<'t>(
+        &mut self,
+        table: &'t FlowTable,
+    ) -> Option<(MutexGuard<'t, Shard>, &[Place])> {
+        let start = self.next.checked_sub(1).map_or(0, |before| self.ends[before]);
+        self.next += 1 + self.ends[self.next..].iter().position(|end| *end > start)?;
+        let places = &self.places[start..self.ends[self.next - 1]];
+        Some((table.shard(places.first()?.1), places))
+    }
+}
+
+/// The low bits choose rows and slots; the share comes from others.
+#[inline]
+fn share_of(hash: u64) -> usize {
+    (hash >> 24) as usize % SHARDS
+}
+
 /// Where entries that are needed soon may be.
 #[derive(Debug)]
 pub(crate) struct Whereabouts {
@@ -228,8 +324,8 @@ impl Whereabouts {
     #[inline]
     fn prefetch(&mut self) {
         for slot in &self.slots[..self.count] {
-            // Cache lines of 64 bytes; the last byte may lie in one more.
-            for at in [0, 64, size_of::<Slot>() - 1] {
+            // The last byte may lie in one more.
+            for at in [0, CACHE_LINE, size_of::<Slot>() - 1] {
                 prefetch(slot.addr() + at);
             }
         }
@@ -259,10 +355,16 @@ struct Share {
     shard: Mutex<Shard>,
 }
 
+impl Share {
+    fn lock(&self) -> MutexGuard<'_, Shard> {
+        self.shard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Flow table, half-open table and cache of one member on the host.
 #[derive(Debug)]
 pub(crate) struct FlowTable {
-    shards: Box<[Share]>,
+    shards: Arc<[Share]>,
 }
 
 impl FlowTable {
@@ -276,16 +378,15 @@ impl FlowTable {
         Self { shards: (0..SHARDS).map(|_| share()).collect() }
     }
 
-    /// The low bits choose rows and slots; the shard comes from others.
     #[inline]
     fn share(&self, hash: u64) -> &Share {
-        &self.shards[(hash >> 24) as usize % SHARDS]
+        &self.shards[share_of(hash)]
     }
 
     /// The share of a flow.
     #[inline]
     pub(crate) fn shard(&self, hash: u64) -> MutexGuard<'_, Shard> {
-        self.share(hash).shard.lock().unwrap_or_else(PoisonError::into_inner)
+        self.share(hash).lock()
     }
 
     /// Asks for the tags among which those of this flow are.
@@ -315,17 +416,26 @@ impl FlowTable {
         found.prefetch();
     }
 
-    /// Makes room for so many flows more, in all shares together.
+    /// Makes room for so many flows more, in all shares together. Much of it is made by another thread, or share by share by whoever
+    /// writes to one first: the kernel clears some 190 MB for a million flows, and the caller has other things to do.
     pub(crate) fn make_room(&self, flows: usize) {
         let share = flows.div_ceil(SHARDS);
         for mut shard in self.shards() {
             // No two get the same number.
-            shard.make_room(share + share / 16);
+            shard.wanted = share + share / 16;
+        }
+        let shares = Arc::clone(&self.shards);
+        let make = move || shares.iter().for_each(|share| share.lock().make_room());
+        if flows < MUCH_ROOM {
+            make();
+        } else if let Err(error) = std::thread::Builder::new().name("make room".to_owned()).spawn(make) {
+            // Then it is made share by share.
+            drop(error);
         }
     }
 
     pub(crate) fn shards(&self) -> impl Iterator<Item = MutexGuard<'_, Shard>> {
-        self.shards.iter().map(|share| share.shard.lock().unwrap_or_else(PoisonError::into_inner))
+        self.shards.iter().map(Share::lock)
     }
 }
 
@@ -359,6 +469,21 @@ mod tests {
         // A word of others is no reason to take memory that would never be used.
         table.make_room(1 << 30);
         assert!(room() < 4 * limits.flows, "{}", room());
+    }
+
+    #[test]
+    fn much_room_is_made_by_somebody_else_or_with_the_first_write() {
+        let limits = TableLimits { flows: 1 << 20, ..TableLimits::default() };
+        let table = FlowTable::new(limits);
+        table.make_room(MUCH_ROOM);
+        let (share, hash) = (MUCH_ROOM / SHARDS, 5);
+        let mut shard = table.shard(hash);
+        shard.prefetch_for_writes(std::iter::once(hash));
+        assert!(shard.flows.capacity() >= share, "{}", shard.flows.capacity());
+        drop(shard);
+        while table.shards().any(|shard| shard.flows.capacity() < share) {
+            std::thread::yield_now();
+        }
     }
 
     #[test]

@@ -189,3 +189,39 @@ fn packets_do_not_overwrite_a_newer_record() {
         assert_eq!(lost, None, "the first record that was lost");
     });
 }
+
+#[test]
+fn records_of_many_shares_are_answered_in_their_order_and_those_of_one_flow_taken_in_it() {
+    let engine = engine(TableLimits::default());
+    let flow = |port: u16| record(&format!("tcp 10.9.0.3 {port} 192.0.2.1 80"), FlowState::Established, 0);
+    let mut records: Vec<Record> = (1..=500).map(flow).collect();
+    records[7].backend.address[15] ^= 1;
+    // The same flow again: later, and then as it was.
+    records.push(Record { update: 1, ..flow(100) });
+    records.push(flow(100));
+    let results = engine.upsert(&records);
+    let expected = |place: usize| match place {
+        7 => Upserted::UnknownBackend,
+        501 => Upserted::Stale,
+        _ => Upserted::Applied,
+    };
+    assert_eq!(results, (0..502).map(expected).collect::<Vec<_>>());
+    assert_eq!(engine.read_counters().flows, 499);
+    assert_eq!(engine.get(&flow(100).key).map(|record| record.update), Some(1));
+}
+
+#[test]
+fn no_entry_lives_shorter_than_the_shortest_life_of_its_state() {
+    let mut plan = World::default().plan();
+    let shortest = shortest_lives(&plan.services);
+    for (number, shortest) in (0..).zip(shortest) {
+        let state = FlowState::from_u8(number).expect("a state");
+        let entry = FlowEntry { state: state as u8, ..Decision::PASS.entry };
+        let compiled = CompiledPlan::new(plan.clone()).expect("a plan");
+        for line in [FLOW, "tcp 10.9.0.1 40000 203.0.113.77 80"] {
+            assert!(life(&compiled, &key(line), &entry).as_millis() as u64 >= shortest, "{line} {state:?}");
+        }
+    }
+    plan.services[0].idle = Duration::from_millis(7);
+    assert_eq!(shortest_lives(&plan.services)[FlowState::Established as usize], 7);
+}

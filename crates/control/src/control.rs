@@ -796,29 +796,31 @@ impl Control {
     }
 
     fn apply(&mut self, now: Instant, batch: &ApplyBatch) -> Vec<ApplyResult> {
-        let mut results = Vec::with_capacity(batch.items.len());
+        let mut results = Vec::with_capacity(batch.records.len() + batch.items.len());
+        self.upsert(now, &batch.records, &mut results);
         let mut upserts: Vec<Record> = Vec::new();
         for item in &batch.items {
             if let Apply::Upsert(record) = item {
                 upserts.push(*record);
                 continue;
             }
-            self.upsert(now, &mut upserts, &mut results);
+            self.upsert(now, &upserts, &mut results);
+            upserts.clear();
             results.push(self.apply_one(item));
         }
-        self.upsert(now, &mut upserts, &mut results);
+        self.upsert(now, &upserts, &mut results);
         results
     }
 
-    /// Upserts what has gathered; backends that nobody here knew get a place in the plan first.
-    fn upsert(&mut self, now: Instant, records: &mut Vec<Record>, results: &mut Vec<ApplyResult>) {
+    /// Upserts records; backends that nobody here knew get a place in the plan first.
+    fn upsert(&mut self, now: Instant, records: &[Record], results: &mut Vec<ApplyResult>) {
         if records.is_empty() {
             return;
         }
         let mut answers = self.forwarder.upsert(records);
         if answers.contains(&Upserted::UnknownBackend) {
             let mut new = false;
-            for record in records.iter() {
+            for record in records {
                 new |= self.planner.register(record.backend);
             }
             if new {
@@ -833,7 +835,7 @@ impl Control {
                 .map(|(second, first)| if first == Upserted::UnknownBackend { second } else { first })
                 .collect();
         }
-        for (answer, record) in answers.iter().zip(records.iter()) {
+        for (answer, record) in answers.iter().zip(records) {
             if *answer == Upserted::Stale {
                 self.open_by(now, record);
             }
@@ -841,7 +843,7 @@ impl Control {
         // Whoever has an older record may have seen a later packet.
         let seen: Vec<(FlowKey, u32)> = answers
             .iter()
-            .zip(records.iter())
+            .zip(records)
             .filter(|(answer, _)| **answer == Upserted::Stale)
             .map(|(_, record)| (record.key, record.idle_ms))
             .collect();
@@ -855,7 +857,6 @@ impl Control {
             Upserted::Full => ApplyResult::Full,
             Upserted::UnknownBackend => ApplyResult::UnknownBackend,
         }));
-        records.clear();
     }
 
     /// While we could not be reached another member has recovered a flow that we know from its SYN, and the client's answer came to it alone:

@@ -136,7 +136,8 @@ impl TableRanking {
 
     /// Whether `member` is to hold the flows of `row`.
     fn gives(&self, member: MemberId, row: u32) -> bool {
-        self.holders(row).contains(&Some(member))
+        let is_member = |place: &u16| self.ids.get(usize::from(*place)) == Some(&member);
+        self.holders.get(row as usize).is_some_and(|places| places.iter().any(is_member))
     }
 }
 

@@ -189,12 +189,14 @@ pub enum Frame {
         /// At most [`MAX_ITEMS`].
         items: Vec<Item>,
     },
-    /// A part of a transfer table; only [`Item::Associate`].
+    /// A part of a transfer table; on the wire, items that are all [`Item::Associate`].
     Chunk {
         /// Names the chunk; sent again under the same name after a reconnect.
         id: u64,
         /// At most [`MAX_ITEMS`].
-        items: Vec<Item>,
+        records: Vec<Record>,
+        /// The places of those that are for the receiver's cache instead of its flow table, in order.
+        cached: Vec<u16>,
     },
     /// Everything else.
     Control(Control),
@@ -209,29 +211,57 @@ const KIND_CONTROL: u8 = 3;
 /// # Panics
 /// When the frame has more than [`MAX_ITEMS`] items or refusals, which no caller in this crate makes.
 pub fn encode(frame: &Frame) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(match frame {
-        Frame::Batch { items, .. } | Frame::Chunk { items, .. } => {
-            HEAD + BODY_HEAD + items.len() * ITEM + 8 * BACKEND
-        }
-        Frame::Control(_) => 64,
-    });
-    let kind = match frame {
-        Frame::Batch { .. } => KIND_BATCH,
-        Frame::Chunk { .. } => KIND_CHUNK,
-        Frame::Control(_) => KIND_CONTROL,
-    };
-    bytes.extend_from_slice(&MAGIC);
-    bytes.extend_from_slice(&[VERSION, kind, 0, 0, 0, 0, 0, 0]);
     match frame {
-        Frame::Batch { seq: number, items } | Frame::Chunk { id: number, items } => {
-            encode_items(&mut bytes, *number, items);
+        Frame::Batch { seq, items } => {
+            let mut bytes = begin(KIND_BATCH, body_capacity(items.len()));
+            encode_items(&mut bytes, *seq, items.iter().copied());
+            finish(bytes)
+        }
+        Frame::Chunk { id, records, cached } => {
+            let items = records.iter().enumerate().map(|(place, &record)| {
+                // No more than MAX_ITEMS, or it panics.
+                (record, cached.binary_search(&(place as u16)).is_ok())
+            });
+            encode_chunk(*id, items)
         }
         Frame::Control(control) => {
+            let mut bytes = begin(KIND_CONTROL, 64);
             let body = bincode::serde::encode_to_vec(control, control_config())
                 .expect("a control message has nothing that cannot be encoded, and a Vec grows");
             bytes.extend_from_slice(&body);
+            finish(bytes)
         }
     }
+}
+
+/// The bytes of a [`Frame::Chunk`] of these records, each with whether it is for the receiver's cache. It is asked for them twice.
+///
+/// # Panics
+/// As [`encode`].
+pub(crate) fn encode_chunk(
+    id: u64,
+    records: impl ExactSizeIterator<Item = (Record, bool)> + Clone,
+) -> Vec<u8> {
+    let mut bytes = begin(KIND_CHUNK, body_capacity(records.len()));
+    encode_items(&mut bytes, id, records.map(|(record, cache)| Item::Associate { record, cache }));
+    finish(bytes)
+}
+
+/// Room for so many items and the backends that most services have.
+const fn body_capacity(items: usize) -> usize {
+    BODY_HEAD + items * ITEM + COMPARED * BACKEND
+}
+
+/// A head without a length, and room for a body.
+fn begin(kind: u8, capacity: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEAD + capacity);
+    bytes.extend_from_slice(&MAGIC);
+    bytes.extend_from_slice(&[VERSION, kind, 0, 0, 0, 0, 0, 0]);
+    bytes
+}
+
+/// Writes the length into the head.
+fn finish(mut bytes: Vec<u8>) -> Vec<u8> {
     let length = u32::try_from(bytes.len() - HEAD).expect("callers keep to MAX_ITEMS");
     assert!(length as usize <= MAX_BODY, "callers keep to MAX_ITEMS");
     bytes[8..12].copy_from_slice(&length.to_le_bytes());
@@ -306,14 +336,22 @@ fn body_length(head: &[u8; HEAD]) -> Result<usize, CodecError> {
 
 fn decode_body(kind: u8, body: &[u8]) -> Result<Frame, CodecError> {
     match kind {
-        KIND_BATCH => decode_items(body).map(|(seq, items)| Frame::Batch { seq, items }),
+        KIND_BATCH => decode_items(body, decode_item).map(|(seq, items)| Frame::Batch { seq, items }),
         KIND_CHUNK => {
-            let (id, items) = decode_items(body)?;
-            if items.iter().all(|item| matches!(item, Item::Associate { .. })) {
-                Ok(Frame::Chunk { id, items })
-            } else {
-                Err(CodecError::Unknown("item in a transfer table"))
-            }
+            let mut cached = Vec::new();
+            let mut place = 0_u16;
+            let (id, records) = decode_items(body, |bytes, dictionary| {
+                let fields = Fields::decode(bytes)?;
+                if fields.kind != ASSOCIATE {
+                    return Err(CodecError::Unknown("item in a transfer table"));
+                }
+                if fields.bits & BIT_CACHE != 0 {
+                    cached.push(place);
+                }
+                place += 1;
+                fields.record(key_of(bytes)?, dictionary)
+            })?;
+            Ok(Frame::Chunk { id, records, cached })
         }
         KIND_CONTROL => {
             let (control, used) = bincode::serde::decode_from_slice::<Control, _>(body, control_config())
@@ -341,11 +379,12 @@ const BIT_CACHE: u8 = 1;
 /// Bit 1 of an item's fourth byte: an answer without an entry.
 const BIT_ABSENT: u8 = 2;
 
-fn encode_items(bytes: &mut Vec<u8>, number: u64, items: &[Item]) {
+fn encode_items(bytes: &mut Vec<u8>, number: u64, items: impl ExactSizeIterator<Item = Item> + Clone) {
     assert!(items.len() <= MAX_ITEMS, "callers keep to MAX_ITEMS");
+    let count = items.len() as u16;
     let mut dictionary = Dictionary::default();
     let places: Vec<u16> = items
-        .iter()
+        .clone()
         .map(|item| match item {
             Item::Associate { record, .. } | Item::Hint { record } => dictionary.place(&record.backend),
             _ => NO_BACKEND,
@@ -354,15 +393,15 @@ fn encode_items(bytes: &mut Vec<u8>, number: u64, items: &[Item]) {
     let dictionary = dictionary.backends;
     bytes.extend_from_slice(&number.to_le_bytes());
     bytes.extend_from_slice(&(dictionary.len() as u16).to_le_bytes());
-    bytes.extend_from_slice(&(items.len() as u16).to_le_bytes());
+    bytes.extend_from_slice(&count.to_le_bytes());
     bytes.extend_from_slice(&[0; 4]);
     for backend in &dictionary {
         bytes.extend_from_slice(&backend.address);
         bytes.extend_from_slice(&backend.port);
         bytes.extend_from_slice(&[backend.method, backend.family]);
     }
-    for (item, place) in items.iter().zip(places) {
-        bytes.extend_from_slice(&encode_item(item, place));
+    for (item, place) in items.zip(places) {
+        bytes.extend_from_slice(&encode_item(&item, place));
     }
 }
 
@@ -403,6 +442,7 @@ struct Fields {
     idle_ms: u32,
 }
 
+#[inline]
 fn encode_item(item: &Item, place: u16) -> [u8; ITEM] {
     let none =
         Fields { kind: 0, state: 0, flags: 0, bits: 0, backend: NO_BACKEND, birth: 0, update: 0, idle_ms: 0 };
@@ -452,7 +492,12 @@ fn encode_item(item: &Item, place: u16) -> [u8; ITEM] {
     bytes
 }
 
-fn decode_items(body: &[u8]) -> Result<(u64, Vec<Item>), CodecError> {
+/// The number of a body and what `decode` makes of each of its items.
+#[inline]
+fn decode_items<T>(
+    body: &[u8],
+    mut decode: impl FnMut(&[u8; ITEM], &[BackendId]) -> Result<T, CodecError>,
+) -> Result<(u64, Vec<T>), CodecError> {
     let mut reader = Reader(body);
     let number = u64::from_le_bytes(reader.take()?);
     let backends = usize::from(u16::from_le_bytes(reader.take()?));
@@ -479,18 +524,54 @@ fn decode_items(body: &[u8]) -> Result<(u64, Vec<Item>), CodecError> {
     }
     let mut items = Vec::with_capacity(count);
     for _ in 0..count {
-        items.push(decode_item(&mut reader, &dictionary)?);
+        items.push(decode(&reader.take()?, &dictionary)?);
     }
     Ok((number, items))
 }
 
-fn decode_item(reader: &mut Reader<'_>, dictionary: &[BackendId]) -> Result<Item, CodecError> {
-    let [kind, state, flags, bits] = reader.take()?;
-    let backend = u16::from_le_bytes(reader.take()?);
-    let reserved: [u8; 2] = reader.take()?;
-    let birth = u64::from_le_bytes(reader.take()?);
-    let update = u32::from_le_bytes(reader.take()?);
-    let idle_ms = u32::from_le_bytes(reader.take()?);
+impl Fields {
+    #[inline]
+    fn decode(bytes: &[u8; ITEM]) -> Result<Self, CodecError> {
+        let mut reader = Reader(bytes);
+        let [kind, state, flags, bits] = reader.take()?;
+        let backend = u16::from_le_bytes(reader.take()?);
+        if reader.take()? != [0; 2] {
+            return Err(CodecError::Unknown("item"));
+        }
+        let birth = u64::from_le_bytes(reader.take()?);
+        let update = u32::from_le_bytes(reader.take()?);
+        let idle_ms = u32::from_le_bytes(reader.take()?);
+        let allowed_bits = match kind {
+            ASSOCIATE | END => BIT_CACHE,
+            IDLE_REPLY => BIT_ABSENT,
+            _ => 0,
+        };
+        if bits & !allowed_bits != 0 {
+            return Err(CodecError::Unknown("item"));
+        }
+        Ok(Self { kind, state, flags, bits, backend, birth, update, idle_ms })
+    }
+
+    #[inline]
+    fn record(&self, key: FlowKey, dictionary: &[BackendId]) -> Result<Record, CodecError> {
+        Ok(Record {
+            key,
+            backend: *dictionary.get(usize::from(self.backend)).ok_or(CodecError::Unknown("backend"))?,
+            birth: self.birth,
+            update: self.update,
+            state: FlowState::from_u8(self.state).ok_or(CodecError::Unknown("flow state"))?,
+            flags: FlowFlags(self.flags & (FlowFlags::RECOVERED | FlowFlags::DEVIATES)),
+            idle_ms: self.idle_ms,
+        })
+    }
+}
+
+/// Where the key begins in an item.
+const KEY: usize = 24;
+
+#[inline]
+fn key_of(bytes: &[u8; ITEM]) -> Result<FlowKey, CodecError> {
+    let mut reader = Reader(&bytes[KEY..]);
     let key = FlowKey {
         source: reader.take()?,
         destination: reader.take()?,
@@ -500,34 +581,21 @@ fn decode_item(reader: &mut Reader<'_>, dictionary: &[BackendId]) -> Result<Item
         family: reader.byte()?,
         reserved: [0; 2],
     };
-    if reserved != [0; 2] || reader.take::<2>()? != [0; 2] {
+    if reader.take()? != [0; 2] {
         return Err(CodecError::Unknown("item"));
     }
-    if !matches!(key.family, 4 | 6) {
-        return Err(CodecError::Unknown("family"));
-    }
-    let allowed_bits = match kind {
-        ASSOCIATE | END => BIT_CACHE,
-        IDLE_REPLY => BIT_ABSENT,
-        _ => 0,
-    };
-    if bits & !allowed_bits != 0 {
-        return Err(CodecError::Unknown("item"));
-    }
-    let record = || {
-        Ok(Record {
-            key,
-            backend: *dictionary.get(usize::from(backend)).ok_or(CodecError::Unknown("backend"))?,
-            birth,
-            update,
-            state: FlowState::from_u8(state).ok_or(CodecError::Unknown("flow state"))?,
-            flags: FlowFlags(flags & (FlowFlags::RECOVERED | FlowFlags::DEVIATES)),
-            idle_ms,
-        })
-    };
-    Ok(match kind {
-        ASSOCIATE => Item::Associate { record: record()?, cache: bits & BIT_CACHE != 0 },
-        HINT => Item::Hint { record: record()? },
+    if matches!(key.family, 4 | 6) { Ok(key) } else { Err(CodecError::Unknown("family")) }
+}
+
+fn decode_item(bytes: &[u8; ITEM], dictionary: &[BackendId]) -> Result<Item, CodecError> {
+    let fields = Fields::decode(bytes)?;
+    let key = key_of(bytes)?;
+    let Fields { bits, birth, idle_ms, .. } = fields;
+    Ok(match fields.kind {
+        ASSOCIATE => {
+            Item::Associate { record: fields.record(key, dictionary)?, cache: bits & BIT_CACHE != 0 }
+        }
+        HINT => Item::Hint { record: fields.record(key, dictionary)? },
         END => Item::End { key, birth, idle_ms, cache: bits & BIT_CACHE != 0 },
         TOUCH => Item::Touch { key, birth, idle_ms },
         IDLE_QUERY => Item::IdleQuery { key, birth },
@@ -540,12 +608,14 @@ fn decode_item(reader: &mut Reader<'_>, dictionary: &[BackendId]) -> Result<Item
 struct Reader<'a>(&'a [u8]);
 
 impl Reader<'_> {
+    #[inline]
     fn take<const N: usize>(&mut self) -> Result<[u8; N], CodecError> {
         let (piece, rest) = self.0.split_first_chunk::<N>().ok_or(CodecError::Length)?;
         self.0 = rest;
         Ok(*piece)
     }
 
+    #[inline]
     fn byte(&mut self) -> Result<u8, CodecError> {
         self.take::<1>().map(|[byte]| byte)
     }

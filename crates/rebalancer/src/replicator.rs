@@ -24,10 +24,10 @@ mod types;
 
 use ended::Births;
 use idle::IdleFlows;
-use inbound::{Inbound, Then};
+use inbound::{Inbound, Then, version};
 use outbox::Outbox;
 pub use sending::TransferProgress;
-use sending::{Pace, Transfer};
+use sending::{Chunk, Pace, Transfer};
 pub use types::{
     Apply, ApplyBatch, ApplyResult, Config, Counters, Event, Held, Lookup, PeerError, Policy, ViewInput,
 };
@@ -99,6 +99,8 @@ pub struct Replicator {
     /// What who will be their backups in the pending table have acknowledged. Looked into at the switch alone: to note a million of them
     /// in the map as they come would cost more than all else that their transfer does.
     ahead: Vec<(MemberId, Held)>,
+    /// The same, as whole chunks of transfer tables.
+    ahead_chunks: Vec<(MemberId, Chunk)>,
     stamps: Births,
     ended: Births,
     idle: IdleFlows,
@@ -211,6 +213,7 @@ impl Replicator {
             last_served: None,
             unprotected: FlowMap::default(),
             ahead: Vec::new(),
+            ahead_chunks: Vec::new(),
             stamps: Births::new(MAX_STAMPS, STAMPS_FOR),
             ended: Births::new(MAX_ENDED, ENDED_FOR),
             idle: IdleFlows::default(),
@@ -253,7 +256,7 @@ impl Replicator {
     /// How many things are kept in memory, of whatever kind: what leaks shows here.
     pub fn remembered(&self) -> usize {
         let peers: usize = self.peers.values().map(Peer::remembered).sum();
-        let flows = self.unprotected.len() + self.ahead.len() + self.idle.len();
+        let flows = self.unprotected.len() + self.noted_ahead() + self.idle.len();
         peers + flows + self.stamps.len() + self.ended.len() + self.inbound.len() + self.events.len()
     }
 
@@ -291,15 +294,19 @@ impl Replicator {
             }
         }
         self.peers.retain(|id, peer| peer.connected || view.live.contains(id));
-        let local = Some(self.config.local);
-        self.unprotected.retain(|key, _| view.ranking.holders(view.ranking.row_of(key))[0] == local);
         let switched = self.view.as_ref().is_none_or(|old| !Arc::ptr_eq(&old.ranking, &view.ranking));
+        if switched {
+            // Of the same table we own the same rows.
+            let local = Some(self.config.local);
+            self.unprotected.retain(|key, _| view.ranking.holders(view.ranking.row_of(key))[0] == local);
+        }
         let old = self.view.replace(view);
         if switched {
             self.settle_unprotected(old.as_ref());
         } else if self.view.as_ref().is_some_and(|view| view.pending.is_none()) {
             // The change is planned no more: what was sent for it is dropped by its receivers.
             self.ahead = Vec::new();
+            self.ahead_chunks = Vec::new();
         }
         self.finish_transfers();
     }
@@ -307,7 +314,16 @@ impl Replicator {
     /// After a switch from `old`: who is a backup now may have acknowledged flows before it was, and what waits for it is unprotected
     /// from now on.
     fn settle_unprotected(&mut self, old: Option<&ViewInput>) {
-        for (member, (key, birth, update)) in std::mem::take(&mut self.ahead) {
+        for transfer in self.peers.values_mut().filter_map(|peer| peer.transfer.as_mut()) {
+            transfer.handle_switch();
+        }
+        let chunks = std::mem::take(&mut self.ahead_chunks);
+        let of_chunks = chunks
+            .iter()
+            .flat_map(|(member, chunk)| chunk.records().map(|record| (*member, version(record))))
+            .filter(|(member, (key, ..))| self.backups_of_own(key).contains(&Some(*member)));
+        let of_chunks: Vec<_> = of_chunks.collect();
+        for (member, (key, birth, update)) in std::mem::take(&mut self.ahead).into_iter().chain(of_chunks) {
             if let Some(flow) = self.unprotected.get_mut(&key)
                 && flow.version == (birth, update)
                 && !flow.ahead.contains(&Some(member))
@@ -363,13 +379,37 @@ impl Replicator {
             return;
         }
         self.ahead.push((peer, held));
-        if self.ahead.len() > 2 * self.unprotected.len() + AHEAD_SPARE {
-            // Each flow has been told of again and again, or most are protected by now.
-            let unprotected = &self.unprotected;
-            self.ahead.retain(|(_, (key, birth, update))| {
-                unprotected.get(key).is_some_and(|flow| flow.version == (*birth, *update))
-            });
+        self.bound_ahead();
+    }
+
+    /// The same for a whole chunk: which of its flows the peer will be a backup of is looked at when the change comes into force.
+    fn note_chunk_ahead(&mut self, peer: MemberId, chunk: Chunk) {
+        let is_planned = self.view.as_ref().is_some_and(|view| view.pending.is_some());
+        if self.unprotected.is_empty() || !is_planned || chunk.records().next().is_none() {
+            return;
         }
+        self.ahead_chunks.push((peer, chunk));
+        self.bound_ahead();
+    }
+
+    /// What is kept of acknowledgements ahead of a switch, flow by flow.
+    fn noted_ahead(&self) -> usize {
+        self.ahead.len() + self.ahead_chunks.iter().map(|(_, chunk)| chunk.len()).sum::<usize>()
+    }
+
+    fn bound_ahead(&mut self) {
+        if self.noted_ahead() <= 2 * self.unprotected.len() + AHEAD_SPARE {
+            return;
+        }
+        // Each flow has been told of again and again, or most are protected by now.
+        let chunks = std::mem::take(&mut self.ahead_chunks);
+        let of_chunks =
+            chunks.iter().flat_map(|(peer, chunk)| chunk.records().map(|record| (*peer, version(record))));
+        self.ahead.extend(of_chunks);
+        let unprotected = &self.unprotected;
+        self.ahead.retain(|(_, (key, birth, update))| {
+            unprotected.get(key).is_some_and(|flow| flow.version == (*birth, *update))
+        });
     }
 
     /// A backup of a flow of ours is being sent this version. What is known of a later one, or was known before, stays.
@@ -472,26 +512,28 @@ impl Replicator {
         if self.is_enabled() {
             let tables = plan.holders.into_iter().map(|(to, records)| (to, records, false));
             let caches = plan.caches.into_iter().map(|(to, records)| (to, records, true));
-            for (to, records, cache) in tables.chain(caches) {
+            for (to, mut records, cache) in tables.chain(caches) {
                 if to == self.config.local {
                     continue;
                 }
-                let mut worth = Vec::with_capacity(records.len());
-                for mut record in records {
-                    self.settle_birth(&mut record);
-                    if !self.is_worth_telling(&record)
+                let mut is_ahead = true;
+                records.retain_mut(|record| {
+                    self.settle_birth(record);
+                    if !self.is_worth_telling(record)
                         || self.bars(&record.key, record.birth, record.idle_ms).is_some()
                     {
-                        continue;
+                        return false;
                     }
                     if !cache && self.backups_of_own(&record.key).contains(&Some(to)) {
                         self.note_missing(record.key, (record.birth, record.update), to);
+                        is_ahead = false;
                     }
-                    worth.push((record, cache));
-                }
-                if !worth.is_empty() {
+                    true
+                });
+                if !records.is_empty() {
                     let peer = self.peers.entry(to).or_insert_with(Peer::new);
-                    peer.transfer.get_or_insert_default().add(self.now, worth);
+                    let transfer = peer.transfer.get_or_insert_with(Transfer::new);
+                    transfer.add(self.now, records, cache, is_ahead);
                 }
             }
         }
@@ -548,13 +590,10 @@ impl Replicator {
             .copied()
             .collect();
         for id in order {
-            if let Some(frame) = self.poll_frame(id) {
+            if let Some(bytes) = self.poll_bytes(id) {
                 self.last_served = Some(id);
                 self.counters.frames_sent += 1;
-                if let Frame::Batch { items, .. } | Frame::Chunk { items, .. } = &frame {
-                    self.counters.items_sent += items.len() as u64;
-                }
-                return Some((id, codec::encode(&frame)));
+                return Some((id, bytes));
             }
         }
         None
@@ -587,10 +626,10 @@ impl Replicator {
 
     // Sending.
 
-    fn poll_frame(&mut self, id: MemberId) -> Option<Frame> {
+    fn poll_bytes(&mut self, id: MemberId) -> Option<Vec<u8>> {
         let peer = self.peers.get_mut(&id).filter(|peer| peer.connected)?;
         if let Some(control) = peer.controls.pop_front() {
-            return Some(Frame::Control(control));
+            return Some(codec::encode(&Frame::Control(control)));
         }
         if peer.inflight.len() < BATCH_WINDOW && (!peer.asks.is_empty() || peer.outbox.len() > 0) {
             let asks = peer.asks.len().min(BATCH_ITEMS / 2);
@@ -600,17 +639,15 @@ impl Replicator {
             let seq = peer.next_seq;
             peer.next_seq += 1;
             peer.inflight.insert(seq, (self.now, items.clone()));
-            return Some(Frame::Batch { seq, items });
+            self.counters.items_sent += items.len() as u64;
+            return Some(codec::encode(&Frame::Batch { seq, items }));
         }
-        let ended = &self.ended;
-        let chunk = peer.transfer.as_mut()?.poll_chunk(
-            self.now,
-            &mut self.pace,
-            &mut self.next_chunk,
-            |record, seen| ended.bars(&record.key, record.birth, seen).is_some(),
-        );
-        match chunk {
-            Some((id, items)) => Some(Frame::Chunk { id, items }),
+        let transfer = peer.transfer.as_mut()?;
+        match transfer.poll_chunk(self.now, &mut self.pace, &mut self.next_chunk, &self.ended) {
+            Some(chunk) => {
+                self.counters.items_sent += chunk.records as u64;
+                Some(chunk.bytes)
+            }
             None => {
                 // All that was left may have ended.
                 self.finish_transfers();

@@ -56,7 +56,7 @@ impl Control {
                 change.sender(row).is_none() && change.receivers(row).any(|member| member == change.local)
             };
             records.retain(is_ours);
-            this.upsert(now, &mut records, &mut Vec::new());
+            this.upsert(now, &records, &mut Vec::new());
             this.replicator.begin_transfer(now, offers);
         });
         self.kept_cached = Some(kept);

@@ -50,9 +50,10 @@ fn any_frame() -> impl Strategy<Value = Frame> {
             .prop_map(|(seq, items)| Frame::Batch { seq, items }),
         (any::<u64>(), prop::collection::vec((any_record(), any::<bool>()), 0..40)).prop_map(
             |(id, records)| {
-                let items =
-                    records.into_iter().map(|(record, cache)| Item::Associate { record, cache }).collect();
-                Frame::Chunk { id, items }
+                let places = (0_u16..).zip(&records);
+                let cached = places.filter(|(_, (_, cache))| *cache).map(|(place, _)| place).collect();
+                let records = records.iter().map(|(record, _)| *record).collect();
+                Frame::Chunk { id, records, cached }
             }
         ),
         (any::<u64>(), any_refusals())
@@ -181,8 +182,10 @@ fn every_reserved_byte_and_number_is_checked() {
 #[test]
 fn a_transfer_table_carries_associations_only() {
     let items = vec![Item::End { key: key(1), birth: 1, idle_ms: 0, cache: false }];
-    assert!(decode_all(&[&encode(&Frame::Chunk { id: 1, items: items.clone() })]).is_err());
-    assert!(decode_all(&[&encode(&Frame::Batch { seq: 1, items })]).is_ok());
+    let mut bytes = encode(&Frame::Batch { seq: 1, items });
+    assert!(decode_all(&[&bytes]).is_ok());
+    bytes[5] = KIND_CHUNK;
+    assert_eq!(decode_all(&[&bytes]), Err(CodecError::Unknown("item in a transfer table")));
 }
 
 #[test]
@@ -198,14 +201,14 @@ fn the_protected_flag_stays_at_home() {
 
 #[test]
 fn a_full_chunk_fits_into_a_frame() {
-    let items: Vec<_> = (0..MAX_ITEMS)
+    let records: Vec<_> = (0..MAX_ITEMS)
         .map(|n| {
             let mut record = record(n as u16, 0);
             record.backend.address[..2].copy_from_slice(&(n as u16).to_le_bytes());
-            Item::Associate { record, cache: false }
+            record
         })
         .collect();
-    let frame = Frame::Chunk { id: 1, items };
+    let frame = Frame::Chunk { id: 1, records, cached: Vec::new() };
     let bytes = encode(&frame);
     assert_eq!(bytes.len(), HEAD + MAX_BODY);
     assert_eq!(decode_all(&[&bytes]), Ok(vec![frame]));

@@ -30,6 +30,11 @@ impl Births {
         self.births.len() + self.order.len()
     }
 
+    /// Whether nothing is kept.
+    pub(super) fn is_empty(&self) -> bool {
+        self.births.is_empty()
+    }
+
     /// Remembers `birth` unless a later one is known; `seen`: when a packet was last seen.
     pub(super) fn insert(&mut self, now: Instant, key: FlowKey, birth: u64, seen: Instant) {
         self.expire(now);

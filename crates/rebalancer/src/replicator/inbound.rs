@@ -1,6 +1,7 @@
 //! What peers ask of the local forwarder, and what follows when it has been done.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Instant;
 
 use phalanx_flow::{FlowFlags, FlowKey, MemberId, Record};
@@ -53,6 +54,8 @@ enum Origin {
 #[derive(Debug)]
 struct Pending {
     origin: Origin,
+    /// Of a transfer table, upserted as they are.
+    records: Arc<Vec<Record>>,
     then: Vec<Then>,
 }
 
@@ -94,12 +97,17 @@ impl Inbound {
             pending.then.push(then);
             return;
         }
-        self.push(None, vec![apply], Pending { origin: Origin::Local, then: vec![then] });
+        self.push(
+            None,
+            vec![apply],
+            Pending { origin: Origin::Local, records: Arc::default(), then: vec![then] },
+        );
     }
 
     fn push(&mut self, from: Option<MemberId>, items: Vec<Apply>, pending: Pending) {
         self.next_id += 1;
-        self.ready.push_back((ApplyBatch { id: self.next_id, from, items }, pending));
+        let records = Arc::clone(&pending.records);
+        self.ready.push_back((ApplyBatch { id: self.next_id, from, records, items }, pending));
         if let Some(from) = from {
             *self.unapplied.entry(from).or_default() += 1;
         }
@@ -131,7 +139,7 @@ impl Inbound {
     }
 }
 
-fn version(record: &Record) -> Held {
+pub(super) fn version(record: &Record) -> Held {
     (record.key, record.birth, record.update)
 }
 
@@ -145,8 +153,11 @@ impl Replicator {
             Origin::Batch { peer, .. } | Origin::Chunk { peer, .. } => Some(peer),
         };
         let mut refused = Vec::new();
-        for (at, then) in pending.then.into_iter().enumerate() {
-            let result = results.get(at).copied().unwrap_or(ApplyResult::Full);
+        let mut results = results.iter().copied().chain(std::iter::repeat(ApplyResult::Full));
+        for ((place, record), result) in (0_u16..).zip(&*pending.records).zip(&mut results) {
+            self.handle_received(result, place, record, false, from, &mut refused);
+        }
+        for (then, result) in pending.then.into_iter().zip(results) {
             match then {
                 Then::Nothing => {}
                 // An entry that lives, or is of another life, is left alone and not announced.
@@ -165,28 +176,44 @@ impl Replicator {
                         self.replicate(record);
                     }
                 }
-                Then::Received { place, record, hint } => match result {
-                    ApplyResult::Applied => {
-                        self.counters.applied += 1;
-                        if hint {
-                            self.replicate(record);
-                        } else if let Some(from) = from {
-                            self.pass_on(record, from);
-                        }
-                    }
-                    // What our backup sends it holds, and we may have heard of it from elsewhere.
-                    ApplyResult::Stale => {
-                        let backups = self.backups_of_own(&record.key);
-                        if let Some(from) = from.filter(|from| backups.contains(&Some(*from))) {
-                            self.note_held(from, version(&record));
-                        }
-                    }
-                    ApplyResult::Full => refused.push((place, Refusal::Full)),
-                    ApplyResult::UnknownBackend => refused.push((place, Refusal::UnknownBackend)),
-                },
+                Then::Received { place, record, hint } => {
+                    self.handle_received(result, place, &record, hint, from, &mut refused);
+                }
             }
         }
         self.acknowledge(pending.origin, refused);
+    }
+
+    /// What the forwarder did with a peer's record, at this place in its frame.
+    #[inline]
+    fn handle_received(
+        &mut self,
+        result: ApplyResult,
+        place: u16,
+        record: &Record,
+        hint: bool,
+        from: Option<MemberId>,
+        refused: &mut Vec<(u16, Refusal)>,
+    ) {
+        match result {
+            ApplyResult::Applied => {
+                self.counters.applied += 1;
+                if hint {
+                    self.replicate(*record);
+                } else if let Some(from) = from {
+                    self.pass_on(record, from);
+                }
+            }
+            // What our backup sends it holds, and we may have heard of it from elsewhere.
+            ApplyResult::Stale => {
+                let backups = self.backups_of_own(&record.key);
+                if let Some(from) = from.filter(|from| backups.contains(&Some(*from))) {
+                    self.note_held(from, version(record));
+                }
+            }
+            ApplyResult::Full => refused.push((place, Refusal::Full)),
+            ApplyResult::UnknownBackend => refused.push((place, Refusal::UnknownBackend)),
+        }
     }
 
     /// Takes the answer to a [`Lookup`], one for each key: the record in the flow table, if there is one.
@@ -213,8 +240,8 @@ impl Replicator {
             Frame::Batch { seq, items } => {
                 self.handle_items(from, Origin::Batch { peer: from, epoch, seq }, items)
             }
-            Frame::Chunk { id, items } => {
-                self.handle_items(from, Origin::Chunk { peer: from, epoch, id }, items)
+            Frame::Chunk { id, records, cached } => {
+                self.handle_records(from, Origin::Chunk { peer: from, epoch, id }, records, &cached)
             }
             Frame::Control(Control::Ack { seq, refused }) => {
                 self.handle_ack(from, seq, refused);
@@ -235,13 +262,51 @@ impl Replicator {
         }
     }
 
-    fn handle_items(&mut self, from: MemberId, origin: Origin, items: Vec<Item>) -> Result<(), PeerError> {
+    /// A part of a transfer table. Nearly always all of it is to be held, and is handed on as it is.
+    fn handle_records(
+        &mut self,
+        from: MemberId,
+        origin: Origin,
+        records: Vec<Record>,
+        cached: &[u16],
+    ) -> Result<(), PeerError> {
+        let is_barred = |record: &Record| {
+            !self.ended.is_empty() && self.bars(&record.key, record.birth, record.idle_ms).is_some()
+        };
+        let is_plain = |record: &Record| record.birth != 0 && !is_barred(record);
+        if records.is_empty() || !cached.is_empty() || !records.iter().all(is_plain) {
+            let items = (0_u16..).zip(records).map(|(place, record)| Item::Associate {
+                record,
+                cache: cached.binary_search(&place).is_ok(),
+            });
+            return self.handle_items(from, origin, items.collect());
+        }
+        self.admit(from)?;
+        self.counters.items_received += records.len() as u64;
+        let wall_ms = self.wall_ms();
+        for record in &records {
+            if !self.clock.observe(wall_ms, record.birth) {
+                self.counters.clock_ahead += 1;
+            }
+        }
+        let pending = Pending { origin, records: Arc::new(records), then: Vec::new() };
+        self.inbound.push(Some(from), Vec::new(), pending);
+        Ok(())
+    }
+
+    /// Whether `from` keeps to its windows.
+    fn admit(&self, from: MemberId) -> Result<(), PeerError> {
         if self.inbound.unapplied.get(&from).is_some_and(|&frames| frames >= MAX_INBOUND)
             || self.inbound.lookups.len() + self.inbound.questions.len()
                 >= MAX_INBOUND * self.peers.len().max(1)
         {
             return Err(PeerError::Window);
         }
+        Ok(())
+    }
+
+    fn handle_items(&mut self, from: MemberId, origin: Origin, items: Vec<Item>) -> Result<(), PeerError> {
+        self.admit(from)?;
         self.counters.items_received += items.len() as u64;
         let wall_ms = self.wall_ms();
         let local_caches = self.view.as_ref().is_some_and(|view| view.caches.contains(&self.config.local));
@@ -325,7 +390,7 @@ impl Replicator {
         if applies.is_empty() {
             self.acknowledge(origin, Vec::new());
         } else {
-            self.inbound.push(Some(from), applies, Pending { origin, then });
+            self.inbound.push(Some(from), applies, Pending { origin, records: Arc::default(), then });
         }
         Ok(())
     }
@@ -368,9 +433,15 @@ impl Replicator {
     fn handle_chunk_ack(&mut self, from: MemberId, id: u64, refused: Vec<(u16, Refusal)>) {
         let refused: BTreeSet<u16> = refused.into_iter().map(|(place, _)| place).collect();
         let transfer = self.peers.get_mut(&from).and_then(|peer| peer.transfer.as_mut());
-        let Some(chunk) = transfer.and_then(|transfer| transfer.handle_ack(id, &refused)) else { return };
-        for record in chunk.held(&refused) {
-            self.note_held(from, version(record));
+        let Some(transfer) = transfer else { return };
+        let is_ahead = transfer.is_ahead();
+        let Some(chunk) = transfer.handle_ack(id, &refused) else { return };
+        if is_ahead && refused.is_empty() {
+            self.note_chunk_ahead(from, chunk);
+        } else {
+            for record in chunk.held(&refused) {
+                self.note_held(from, version(record));
+            }
         }
         self.note_refused(from, refused.len());
         self.finish_transfers();
@@ -430,7 +501,7 @@ impl Replicator {
     /// Between owner and backups this costs nothing. It repairs what moved while views differed, or while one change followed another
     /// before its transfers were done: who receives a record late gives it to who should have it now. It ends, because what is no
     /// news goes no further. What comes ahead of a planned change is no news to the present holders: one of them sent it.
-    fn pass_on(&mut self, record: Record, from: MemberId) {
+    fn pass_on(&mut self, record: &Record, from: MemberId) {
         let local = Some(self.config.local);
         let row = self.row_of(&record.key);
         let holders = self.holders_in(row);
@@ -452,13 +523,13 @@ impl Replicator {
             let version = (record.birth, record.update);
             self.unprotected.insert(record.key, Unprotected::new(version, missing));
         } else if backups.contains(&Some(from)) {
-            self.note_held(from, version(&record));
+            self.note_held(from, version(record));
         }
         // What we sent ahead was without it.
         let ahead = if holders[0] == local { self.pending_holders(row) } else { Holders::default() };
         let ahead = ahead.into_iter().flatten().filter(|to| !holders.contains(&Some(*to)));
         for to in holders.into_iter().flatten().chain(ahead).filter(|&to| to != from) {
-            self.push(to, Item::Associate { record, cache: false });
+            self.push(to, Item::Associate { record: *record, cache: false });
         }
     }
 }

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_flow::{MemberId, Record};
 
 use super::aged;
-use crate::codec::{Item, MAX_ITEMS};
+use super::ended::Births;
+use crate::codec::{MAX_ITEMS, encode_chunk};
 
 /// Chunks on their way to one peer without an acknowledgement: what a 10 ms path carries of 3 million records a second.
 pub(super) const CHUNK_WINDOW: usize = 32;
@@ -32,36 +34,71 @@ pub struct TransferProgress {
     pub total: usize,
 }
 
-/// A record to be sent, with when its idle time was read.
-#[derive(Clone, Copy, Debug)]
-struct Waiting {
-    record: Record,
+/// Records to be sent, that stay where they are until all of them are acknowledged.
+#[derive(Debug)]
+struct Table {
+    records: Vec<Record>,
+    /// When their idle times were read.
     at: Instant,
+    /// For the receiver's cache instead of its flow table.
     cache: bool,
 }
 
 /// A part of a transfer table that was sent.
 #[derive(Debug)]
 pub(super) struct Chunk {
-    records: Vec<Waiting>,
+    table: Arc<Table>,
+    /// Which of the table's records.
+    places: Vec<u32>,
     /// Whether the peer lost its connection since: send it again.
     again: bool,
 }
 
 impl Chunk {
+    /// How many records it has.
+    pub(super) fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Its records that are to be held, in their order; none if they are for a cache.
+    pub(super) fn records(&self) -> impl Iterator<Item = &Record> {
+        let places = if self.table.cache { &[][..] } else { &self.places[..] };
+        places.iter().map(|place| &self.table.records[*place as usize])
+    }
+
     /// The records that the receiver holds if it refused those at these places.
     pub(super) fn held(&self, refused: &BTreeSet<u16>) -> impl Iterator<Item = &Record> {
-        let taken = (0_u16..).zip(&self.records).filter(|(place, _)| !refused.contains(place));
-        taken.map(|(_, waiting)| waiting).filter(|waiting| !waiting.cache).map(|waiting| &waiting.record)
+        (0_u16..).zip(self.records()).filter(|(place, _)| !refused.contains(place)).map(|(_, record)| record)
     }
+
+    fn encode(&self, id: u64, now: Instant) -> Vec<u8> {
+        let Table { records, at, cache } = &*self.table;
+        let passed_ms = aged(0, *at, now);
+        let records = self.places.iter().map(|place| {
+            let mut record = records[*place as usize];
+            record.idle_ms = record.idle_ms.saturating_add(passed_ms);
+            (record, *cache)
+        });
+        encode_chunk(id, records)
+    }
+}
+
+/// A chunk as it goes out.
+pub(super) struct Encoded {
+    pub(super) bytes: Vec<u8>,
+    pub(super) records: usize,
 }
 
 /// The transfer table for one peer.
 #[derive(Debug, Default)]
 pub(super) struct Transfer {
-    queue: VecDeque<Waiting>,
+    /// What is not sent yet, and where in the first table that begins.
+    queue: VecDeque<Arc<Table>>,
+    next: usize,
     inflight: BTreeMap<u64, Chunk>,
     again: BTreeSet<u64>,
+    /// No record of it is one that the peer holds as backup by the table in force.
+    is_ahead: bool,
     sent: usize,
     acked: usize,
     refused: usize,
@@ -69,10 +106,26 @@ pub(super) struct Transfer {
 }
 
 impl Transfer {
-    pub(super) fn add(&mut self, at: Instant, records: impl IntoIterator<Item = (Record, bool)>) {
-        let before = self.queue.len();
-        self.queue.extend(records.into_iter().map(|(record, cache)| Waiting { record, at, cache }));
-        self.total += self.queue.len() - before;
+    /// A transfer of nothing yet.
+    pub(super) fn new() -> Self {
+        Self { is_ahead: true, ..Self::default() }
+    }
+
+    /// Adds records; `is_ahead`: the peer is no backup of any of them by the table in force.
+    pub(super) fn add(&mut self, at: Instant, records: Vec<Record>, cache: bool, is_ahead: bool) {
+        self.total += records.len();
+        self.is_ahead &= is_ahead;
+        self.queue.push_back(Arc::new(Table { records, at, cache }));
+    }
+
+    /// Another table is in force.
+    pub(super) fn handle_switch(&mut self) {
+        self.is_ahead = false;
+    }
+
+    /// Whether all that it acknowledges is acknowledged ahead of a switch.
+    pub(super) fn is_ahead(&self) -> bool {
+        self.is_ahead
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -81,8 +134,10 @@ impl Transfer {
 
     /// The records to be held that are not acknowledged yet.
     pub(super) fn records(&self) -> impl Iterator<Item = &Record> {
-        let sent = self.inflight.values().flat_map(|chunk| &chunk.records);
-        self.queue.iter().chain(sent).filter(|waiting| !waiting.cache).map(|waiting| &waiting.record)
+        let begins = std::iter::once(self.next).chain(std::iter::repeat(0));
+        let queued = self.queue.iter().zip(begins).filter(|(table, _)| !table.cache);
+        let queued = queued.flat_map(|(table, begin)| &table.records[begin..]);
+        queued.chain(self.inflight.values().flat_map(Chunk::records))
     }
 
     /// Records not acknowledged yet.
@@ -102,21 +157,36 @@ impl Transfer {
         }
     }
 
-    /// Drops records that `ended` says have ended, from what has not been sent.
-    fn take(&mut self, max: usize, ended: impl Fn(&Record, Instant) -> bool) -> Vec<Waiting> {
-        let mut records = Vec::new();
-        while records.len() < max
-            && let Some(waiting) = self.queue.pop_front()
+    /// How many records a chunk may have that begins with what is to be sent next.
+    fn available(&self) -> usize {
+        self.queue.front().map_or(0, |table| table.records.len() - self.next)
+    }
+
+    /// The next records to be sent, at most `max`, of one table, without those that have ended.
+    fn take(&mut self, max: usize, ended: &Births) -> Option<Chunk> {
+        let table = Arc::clone(self.queue.front()?);
+        let mut places = Vec::with_capacity(max.min(self.available()));
+        while places.len() < max
+            && let Some(record) = table.records.get(self.next)
         {
-            let idle = Duration::from_millis(waiting.record.idle_ms.into());
-            if ended(&waiting.record, waiting.at.checked_sub(idle).unwrap_or(waiting.at)) {
+            let seen = || {
+                let idle = Duration::from_millis(record.idle_ms.into());
+                table.at.checked_sub(idle).unwrap_or(table.at)
+            };
+            if !ended.is_empty() && ended.bars(&record.key, record.birth, seen()).is_some() {
                 self.sent += 1;
                 self.acked += 1;
             } else {
-                records.push(waiting);
+                // A table of 2^32 records would be 344 GB.
+                places.push(self.next as u32);
             }
+            self.next += 1;
         }
-        records
+        if self.next == table.records.len() {
+            self.queue.pop_front();
+            self.next = 0;
+        }
+        (!places.is_empty()).then_some(Chunk { table, places, again: false })
     }
 
     /// Whether there is something to be sent now, pace aside.
@@ -130,50 +200,38 @@ impl Transfer {
         now: Instant,
         pace: &mut Pace,
         next_id: &mut u64,
-        ended: impl Fn(&Record, Instant) -> bool,
-    ) -> Option<(u64, Vec<Item>)> {
+        ended: &Births,
+    ) -> Option<Encoded> {
         if let Some(&id) = self.again.first() {
             let chunk = self.inflight.get_mut(&id)?;
-            if !pace.take(now, chunk.records.len()) {
+            if !pace.take(now, chunk.len()) {
                 return None;
             }
             self.again.remove(&id);
             chunk.again = false;
-            return Some((id, items(&chunk.records, now)));
+            return Some(Encoded { bytes: chunk.encode(id, now), records: chunk.len() });
         }
-        if !self.wants_to_send() || !pace.take(now, pace.chunk().min(self.queue.len())) {
-            return None;
+        // A part of a table may have ended as a whole.
+        while self.wants_to_send() && pace.take(now, pace.chunk().min(self.available())) {
+            let Some(chunk) = self.take(pace.chunk(), ended) else { continue };
+            let id = *next_id;
+            *next_id += 1;
+            self.sent += chunk.len();
+            let encoded = Encoded { bytes: chunk.encode(id, now), records: chunk.len() };
+            self.inflight.insert(id, chunk);
+            return Some(encoded);
         }
-        let records = self.take(pace.chunk(), ended);
-        if records.is_empty() {
-            return None;
-        }
-        let id = *next_id;
-        *next_id += 1;
-        self.sent += records.len();
-        let items = items(&records, now);
-        self.inflight.insert(id, Chunk { records, again: false });
-        Some((id, items))
+        None
     }
 
     /// Takes the acknowledgement of a chunk and returns it; `None` if it is not on its way.
     pub(super) fn handle_ack(&mut self, id: u64, refused: &BTreeSet<u16>) -> Option<Chunk> {
         let chunk = self.inflight.remove(&id)?;
         self.again.remove(&id);
-        self.acked += chunk.records.len();
-        self.refused += refused.len().min(chunk.records.len());
+        self.acked += chunk.len();
+        self.refused += refused.len().min(chunk.len());
         Some(chunk)
     }
-}
-
-fn items(records: &[Waiting], now: Instant) -> Vec<Item> {
-    records
-        .iter()
-        .map(|&Waiting { mut record, at, cache }| {
-            record.idle_ms = aged(record.idle_ms, at, now);
-            Item::Associate { record, cache }
-        })
-        .collect()
 }
 
 /// A token bucket over all transfers of one member, in records.

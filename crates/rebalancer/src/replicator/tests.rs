@@ -992,3 +992,44 @@ fn what_was_acknowledged_for_a_change_that_was_dropped_does_not_count_in_a_later
     assert!(kept > 0);
     assert_eq!(world.node(1).replicator.unprotected(), kept, "nobody knows whether 3 still has them");
 }
+
+#[test]
+fn what_a_joiner_acknowledged_whole_chunks_of_is_protected_at_the_switch_but_for_what_changed_since() {
+    let mut world = World::new(&[1]);
+    for n in 0..100 {
+        world.open(n, 1);
+    }
+    world.settle();
+    assert_eq!(world.node(1).replicator.unprotected(), 100, "there is no backup");
+    world.start(2);
+    let pending = world.plan(&[(1, 1), (2, 1)]);
+    world.settle();
+    assert_eq!(world.node(1).replicator.noted_ahead(), 100);
+    world.disconnect(1, 2);
+    world.change(1, 7, FlowState::Closing);
+    world.change(1, 8, FlowState::Closing);
+    world.put_in_force(pending);
+    world.settle();
+    let changed = [7, 8].into_iter().filter(|&n| world.holders(n) == [1, 2]).count();
+    assert_eq!(world.node(1).replicator.unprotected(), changed);
+    assert_eq!(world.node(1).replicator.noted_ahead(), 0);
+    world.connect(1, 2);
+    world.settle();
+    assert_eq!(world.unprotected(), 0);
+}
+
+#[test]
+fn acknowledgements_ahead_of_a_change_that_does_not_come_are_not_kept() {
+    let mut world = World::new(&[1]);
+    for n in 0..100 {
+        world.open(n, 1);
+    }
+    world.start(2);
+    let _ = world.plan(&[(1, 1), (2, 1)]);
+    world.settle();
+    assert_eq!(world.node(1).replicator.noted_ahead(), 100);
+    let live = world.live();
+    let view = world.view(None, &live);
+    world.set_view(1, view);
+    assert_eq!(world.node(1).replicator.noted_ahead(), 0);
+}

@@ -136,7 +136,9 @@ pub struct ApplyBatch {
     pub id: u64,
     /// Who asked for it; `None`: we did.
     pub from: Option<MemberId>,
-    /// The changes.
+    /// To be upserted first: records of a transfer table, each with its own result.
+    pub records: Arc<Vec<Record>>,
+    /// The changes; their results follow those of the records.
     pub items: Vec<Apply>,
 }
 

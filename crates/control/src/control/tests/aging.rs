@@ -294,8 +294,10 @@ fn an_end_leaves_an_entry_that_has_seen_a_packet_since() {
     let mut end = |of: &Record, min_idle_ms| {
         site.forwarder(1).upsert(&[kept]);
         let end = Apply::End { key: of.key, birth: of.birth, min_idle_ms };
-        let result =
-            site.control(1).apply(now, &ApplyBatch { id: 1, from: Some(MemberId(2)), items: vec![end] });
+        let result = site.control(1).apply(
+            now,
+            &ApplyBatch { id: 1, from: Some(MemberId(2)), records: Arc::default(), items: vec![end] },
+        );
         (result, site.has(1, 1))
     };
     assert_eq!(end(&kept, 10_001), (vec![ApplyResult::Stale], true), "it has seen a packet since");

@@ -264,7 +264,9 @@ impl World {
         if !node.table.stuck {
             while let Some(batch) = node.replicator.poll_apply() {
                 busy = true;
-                let results: Vec<_> = batch.items.iter().map(|&apply| node.table.apply(now, apply)).collect();
+                let records = batch.records.iter().map(|&record| Apply::Upsert(record));
+                let changes = records.chain(batch.items.iter().copied());
+                let results: Vec<_> = changes.map(|apply| node.table.apply(now, apply)).collect();
                 node.replicator.handle_applied(now, batch.id, &results);
             }
             while let Some(lookup) = node.replicator.poll_lookup() {

@@ -101,6 +101,8 @@ pub struct Replicator {
     ahead: Vec<(MemberId, Held)>,
     /// The same, as whole chunks of transfer tables.
     ahead_chunks: Vec<(MemberId, Chunk)>,
+    /// The last of the stalled flows that were told again, if it was not the turn of all.
+    told_last: Option<FlowKey>,
     stamps: Births,
     ended: Births,
     idle: IdleFlows,
@@ -214,6 +216,7 @@ impl Replicator {
             unprotected: FlowMap::default(),
             ahead: Vec::new(),
             ahead_chunks: Vec::new(),
+            told_last: None,
             stamps: Births::new(MAX_STAMPS, STAMPS_FOR),
             ended: Births::new(MAX_ENDED, ENDED_FOR),
             idle: IdleFlows::default(),

@@ -10,7 +10,8 @@ use super::{Replicator, Unprotected};
 impl Replicator {
     /// Some of them, at most `limit`: those of which a backup that has not acknowledged them is connected and has acknowledged all it was
     /// sent. In the order of their keys: in what order a full peer is told decides what it takes, and a run must be one that can be repeated.
-    pub fn stalled(&self, limit: usize) -> Vec<FlowKey> {
+    /// If there are more, the next call goes on where this one ends.
+    pub fn stalled(&mut self, limit: usize) -> Vec<FlowKey> {
         let is_quiet = |backup: MemberId| {
             self.peers.get(&backup).is_some_and(|peer| {
                 peer.connected
@@ -21,8 +22,16 @@ impl Replicator {
         };
         let waits = |flow: &Unprotected| flow.missing.into_iter().flatten().any(is_quiet);
         let waiting = self.unprotected.iter().filter(|(_, flow)| waits(flow)).map(|(key, _)| *key);
-        let mut stalled: Vec<FlowKey> = waiting.take(limit).collect();
-        stalled.sort_unstable();
+        let mut stalled: Vec<FlowKey> = waiting.collect();
+        let last = self.told_last;
+        let turn = |key: &FlowKey| (Some(*key) <= last, *key);
+        let more = stalled.len() > limit;
+        if more {
+            stalled.select_nth_unstable_by_key(limit, turn);
+            stalled.truncate(limit);
+        }
+        stalled.sort_unstable_by_key(turn);
+        self.told_last = stalled.last().copied().filter(|_| more);
         stalled
     }
 

@@ -1033,3 +1033,23 @@ fn acknowledgements_ahead_of_a_change_that_does_not_come_are_not_kept() {
     world.set_view(1, view);
     assert_eq!(world.node(1).replicator.noted_ahead(), 0);
 }
+
+#[test]
+fn each_stalled_flow_has_its_turn() {
+    let mut world = World::new(&[1, 2]);
+    let replicator = &mut world.node(1).replicator;
+    for n in 0..40 {
+        if replicator.is_own(&key(n)) {
+            // Nothing is on its way that could be acknowledged.
+            replicator.note_missing(key(n), (1, 0), MemberId(2));
+        }
+    }
+    let count = replicator.unprotected();
+    assert!(count > 6, "{count}");
+    let mut told = BTreeSet::new();
+    for _ in 0..count.div_ceil(3) {
+        told.extend(replicator.stalled(3));
+    }
+    assert_eq!(told.len(), count);
+    assert_eq!(replicator.stalled(count).len(), count, "all at once, if they may be");
+}

@@ -268,6 +268,10 @@ impl Control {
             Ok(tables) => tables,
             Err(error) => return self.events.push_back(Event::Unranked(error)),
         };
+        if let Some(planned) = &planned {
+            // First, because it takes as long as the others take to plan what they send.
+            self.make_room(planned);
+        }
         if change.as_ref().is_some_and(|change| change.departed) {
             self.traffic.begin();
         }
@@ -286,7 +290,6 @@ impl Control {
             self.switch(&change, now);
         }
         if let Some(planned) = planned {
-            self.make_room(&planned);
             self.send_tables(&planned, now);
         }
         if dropped {

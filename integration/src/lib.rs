@@ -6,10 +6,13 @@
 
 pub mod wire;
 
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use phalanx::config::ForwarderKind;
+use phalanx::lab::world::Host;
 use phalanx::lab::{self, Action, Event, Lab, LabOptions, Report};
 
 /// The program whose members the tests run: `PHALANX_PROGRAM`, or what `cargo build --bin phalanx` made.
@@ -50,7 +53,30 @@ pub fn site(connections: u32, events: &[Event]) -> LabOptions {
     }
 }
 
-/// The same site with replication switched off: what it breaks shows that the test could fail.
+/// A site of one member with an XDP program and one backend, where a server listens. `keep`: where the member's files stay, if not where
+/// [`site`] says. `prepare` sees the member's host before the member starts.
+///
+/// # Panics
+/// If the site cannot be built.
+pub fn xdp_site(keep: Option<&Path>, prepare: impl Fn(&Host)) -> (Lab, TcpListener) {
+    let options = site(0, &[]);
+    let mut lab = Lab::new(LabOptions {
+        forwarder: ForwarderKind::Xdp,
+        forwarder_lines: "max_flows = 65536".to_owned(),
+        members: 1,
+        backends: 1,
+        traffic: false,
+        keep: keep.map(Path::to_owned).or(options.keep),
+        ..options
+    })
+    .expect("a lab");
+    prepare(&lab.world().members[0]);
+    let server = lab.world().backends[0].netns.listen(lab.world().target(), 128).expect("a server");
+    lab.start_members().expect("start");
+    (lab, server)
+}
+
+/// A site with replication switched off: what it breaks shows that the test could fail.
 pub fn twin(options: LabOptions) -> LabOptions {
     LabOptions { replication: false, ..options }
 }

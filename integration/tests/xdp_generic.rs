@@ -5,10 +5,9 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::Duration;
 
-use phalanx::config::ForwarderKind;
 use phalanx::lab::world::{Host, INTERFACE};
-use phalanx::lab::{Lab, LabOptions, metrics};
-use phalanx_integration::{open_directory, poll_until, site};
+use phalanx::lab::{Lab, metrics};
+use phalanx_integration::{open_directory, poll_until, xdp_site};
 
 /// Puts a bridge in the place of the interface, which becomes its only port: the bridge's driver has no native XDP.
 fn bridge(host: &Host) {
@@ -27,24 +26,6 @@ fn bridge(host: &Host) {
     netlink.set_up(wire.index).expect("up");
     // Brings it up, and the addresses and routes that went with the old interface.
     host.restore().expect("addresses");
-}
-
-/// A site with one member and one backend, and a server there.
-fn start(keep: &Path, prepare: impl Fn(&Host)) -> (Lab, TcpListener) {
-    let mut lab = Lab::new(LabOptions {
-        forwarder: ForwarderKind::Xdp,
-        forwarder_lines: "max_flows = 65536".to_owned(),
-        members: 1,
-        backends: 1,
-        traffic: false,
-        keep: Some(keep.to_owned()),
-        ..site(0, &[])
-    })
-    .expect("a lab");
-    prepare(&lab.world().members[0]);
-    let server = lab.world().backends[0].netns.listen(lab.world().target(), 128).expect("a server");
-    lab.start_members().expect("start");
-    (lab, server)
 }
 
 /// Opens a connection and says something over it, which the server says back.
@@ -84,7 +65,7 @@ fn log(keep: &Path) -> String {
 #[test]
 fn in_generic_mode_a_member_warns_and_forwards() {
     let keep = open_directory();
-    let (mut lab, server) = start(keep.path(), bridge);
+    let (mut lab, server) = xdp_site(Some(keep.path()), bridge);
     exchange(&mut lab, &server);
     let log = log(keep.path());
     let warning = log.lines().find(|line| line.contains("generic mode")).unwrap_or_else(|| panic!("{log}"));
@@ -97,7 +78,7 @@ fn in_generic_mode_a_member_warns_and_forwards() {
 #[test]
 fn in_native_mode_a_member_forwards_without_a_warning() {
     let keep = open_directory();
-    let (mut lab, server) = start(keep.path(), |_| ());
+    let (mut lab, server) = xdp_site(Some(keep.path()), |_| ());
     exchange(&mut lab, &server);
     let log = log(keep.path());
     assert!(!log.contains("generic mode"), "{log}");

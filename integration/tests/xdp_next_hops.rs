@@ -3,9 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::time::{Duration, Instant};
 
-use phalanx::config::ForwarderKind;
-use phalanx::lab::{Lab, LabOptions};
-use phalanx_integration::{poll_until, site};
+use phalanx::lab::Lab;
+use phalanx_integration::{poll_until, xdp_site};
 use phalanx_netlink::{Mac, NextHop, Route};
 
 /// What the issue promises, and what a busy machine may add.
@@ -18,17 +17,7 @@ struct Site {
 }
 
 fn start() -> Site {
-    let mut lab = Lab::new(LabOptions {
-        forwarder: ForwarderKind::Xdp,
-        forwarder_lines: "max_flows = 65536".to_owned(),
-        members: 1,
-        backends: 1,
-        traffic: false,
-        ..site(0, &[])
-    })
-    .expect("a lab");
-    let server = lab.world().backends[0].netns.listen(lab.world().target(), 128).expect("a server");
-    lab.start_members().expect("start");
+    let (lab, server) = xdp_site(None, |_| ());
     let mut site = Site { lab, _server: server };
     assert!(site.connects_within(Duration::from_secs(5)), "the site does not work at all");
     site

@@ -18,14 +18,17 @@ mod ending;
 mod idle;
 mod inbound;
 mod outbox;
+mod peer;
+mod protection;
 mod sending;
 mod stalled;
 mod types;
 
 use ended::Births;
 use idle::IdleFlows;
-use inbound::{Inbound, Then, version};
-use outbox::Outbox;
+use inbound::{Inbound, Then};
+use peer::Peer;
+use protection::Unprotected;
 pub use sending::TransferProgress;
 use sending::{Chunk, Pace, Transfer};
 pub use types::{
@@ -46,8 +49,6 @@ const MAX_BACKLOG: usize = 131_072;
 const MAX_ENDED: usize = 262_144;
 /// How long an ended flow is remembered: longer than any reconnect delays a record.
 const ENDED_FOR: Duration = Duration::from_secs(120);
-/// How many acknowledgements ahead of a switch are kept beyond two for each unprotected flow, before those that are of no use are dropped.
-const AHEAD_SPARE: usize = 16_384;
 /// Stamps the forwarder may not have applied when it made an event: a tenth of a second at a million connections a second.
 const MAX_STAMPS: usize = 131_072;
 /// How long an event may be on its way from the forwarder to us.
@@ -112,85 +113,6 @@ pub struct Replicator {
     transferring: bool,
     events: VecDeque<Event>,
     counters: Counters,
-}
-
-/// Birth and update of a record.
-type Version = (u64, u32);
-
-/// What a flow's backups have not acknowledged.
-#[derive(Clone, Copy, Debug)]
-struct Unprotected {
-    version: Version,
-    /// The backups that have not; nobody, if there is no backup at all.
-    missing: [Option<MemberId>; MAX_HOLDERS - 1],
-    /// While a switch is settled: who has acknowledged this version ahead of it.
-    ahead: [Option<MemberId>; MAX_HOLDERS - 1],
-}
-
-impl Unprotected {
-    fn new(version: Version, missing: [Option<MemberId>; MAX_HOLDERS - 1]) -> Self {
-        Self { version, missing, ahead: Default::default() }
-    }
-
-    fn lacks(&self, member: MemberId) -> bool {
-        self.missing.contains(&Some(member))
-    }
-}
-
-/// What is kept of one peer.
-struct Peer {
-    connected: bool,
-    /// Counts connections: what came by an earlier one is not acknowledged on this one, because its sender may have started again.
-    epoch: u64,
-    decoder: FrameDecoder,
-    controls: VecDeque<Control>,
-    /// Idle queries and replies; worth nothing after a reconnect.
-    asks: VecDeque<Item>,
-    outbox: Outbox,
-    /// Whether records were dropped since the outbox was last empty.
-    overflowed: bool,
-    next_seq: u64,
-    inflight: BTreeMap<u64, (Instant, Vec<Item>)>,
-    transfer: Option<Transfer>,
-}
-
-impl Peer {
-    fn new() -> Self {
-        Self {
-            connected: false,
-            epoch: 0,
-            decoder: FrameDecoder::new(),
-            controls: VecDeque::new(),
-            asks: VecDeque::new(),
-            outbox: Outbox::new(MAX_BACKLOG),
-            overflowed: false,
-            next_seq: 1,
-            inflight: BTreeMap::new(),
-            transfer: None,
-        }
-    }
-
-    fn remembered(&self) -> usize {
-        let waiting = self.controls.len() + self.asks.len() + self.outbox.remembered();
-        1 + waiting + self.inflight.values().map(|(_, items)| 1 + items.len()).sum::<usize>()
-    }
-
-    fn disconnect(&mut self) {
-        self.connected = false;
-        self.decoder = FrameDecoder::new();
-        self.controls.clear();
-        self.asks.clear();
-        while let Some((_, (at, items))) = self.inflight.pop_last() {
-            for item in items.into_iter().rev() {
-                if !matches!(item, Item::IdleQuery { .. } | Item::IdleReply { .. }) {
-                    self.outbox.push_back_unacknowledged(at, item);
-                }
-            }
-        }
-        if let Some(transfer) = &mut self.transfer {
-            transfer.handle_disconnected();
-        }
-    }
 }
 
 /// Milliseconds of idleness that were `idle_ms` at `at`, at the later time `now`.
@@ -312,117 +234,6 @@ impl Replicator {
             self.ahead_chunks = Vec::new();
         }
         self.finish_transfers();
-    }
-
-    /// After a switch from `old`: who is a backup now may have acknowledged flows before it was, and what waits for it is unprotected
-    /// from now on.
-    fn settle_unprotected(&mut self, old: Option<&ViewInput>) {
-        for transfer in self.peers.values_mut().filter_map(|peer| peer.transfer.as_mut()) {
-            transfer.handle_switch();
-        }
-        let chunks = std::mem::take(&mut self.ahead_chunks);
-        let of_chunks = chunks
-            .iter()
-            .flat_map(|(member, chunk)| chunk.records().map(|record| (*member, version(record))))
-            .filter(|(member, (key, ..))| self.backups_of_own(key).contains(&Some(*member)));
-        let of_chunks: Vec<_> = of_chunks.collect();
-        for (member, (key, birth, update)) in std::mem::take(&mut self.ahead).into_iter().chain(of_chunks) {
-            if let Some(flow) = self.unprotected.get_mut(&key)
-                && flow.version == (birth, update)
-                && !flow.ahead.contains(&Some(member))
-                && let Some(free) = flow.ahead.iter_mut().find(|ahead| ahead.is_none())
-            {
-                *free = Some(member);
-            }
-        }
-        let mut unprotected = std::mem::take(&mut self.unprotected);
-        unprotected.retain(|&key, flow| {
-            let backups = self.backups_of_own(&key);
-            let holders =
-                old.map_or_else(Holders::default, |old| old.ranking.holders(old.ranking.row_of(&key)));
-            // Who was no holder before is sent the flow now, unless it was ahead.
-            let ahead = std::mem::take(&mut flow.ahead);
-            flow.missing = backups.map(|backup| {
-                backup.filter(|&backup| {
-                    let has_it = ahead.contains(&Some(backup)) || holders.contains(&Some(backup));
-                    flow.lacks(backup) || !has_it
-                })
-            });
-            let is_held = flow.missing.iter().all(Option::is_none) && backups.iter().any(Option::is_some);
-            if is_held {
-                let (birth, update) = flow.version;
-                self.inbound.push_local(Apply::Protect { key, birth, update }, Then::Nothing);
-            }
-            !is_held
-        });
-        self.unprotected = unprotected;
-        let mut waiting = Vec::new();
-        for (&id, peer) in &self.peers {
-            let batches = peer.inflight.values().flat_map(|(_, items)| items);
-            let sent = batches.filter_map(|item| match item {
-                Item::Associate { record, cache: false } => Some(record),
-                _ => None,
-            });
-            let records =
-                sent.chain(peer.outbox.records()).chain(peer.transfer.iter().flat_map(Transfer::records));
-            waiting.extend(
-                records
-                    .filter(|record| self.backups_of_own(&record.key).contains(&Some(id)))
-                    .map(|record| (record.key, (record.birth, record.update), id)),
-            );
-        }
-        for (key, version, backup) in waiting {
-            self.note_missing(key, version, backup);
-        }
-    }
-
-    /// Notes what `peer` holds of a flow in `row`, if it will be a backup of it.
-    fn note_ahead(&mut self, row: u32, peer: MemberId, held: Held) {
-        if self.unprotected.is_empty() || !self.pending_holders(row)[1..].contains(&Some(peer)) {
-            return;
-        }
-        self.ahead.push((peer, held));
-        self.bound_ahead();
-    }
-
-    /// The same for a whole chunk: which of its flows the peer will be a backup of is looked at when the change comes into force.
-    fn note_chunk_ahead(&mut self, peer: MemberId, chunk: Chunk) {
-        let is_planned = self.view.as_ref().is_some_and(|view| view.pending.is_some());
-        if self.unprotected.is_empty() || !is_planned || chunk.records().next().is_none() {
-            return;
-        }
-        self.ahead_chunks.push((peer, chunk));
-        self.bound_ahead();
-    }
-
-    /// What is kept of acknowledgements ahead of a switch, flow by flow.
-    fn noted_ahead(&self) -> usize {
-        self.ahead.len() + self.ahead_chunks.iter().map(|(_, chunk)| chunk.len()).sum::<usize>()
-    }
-
-    fn bound_ahead(&mut self) {
-        if self.noted_ahead() <= 2 * self.unprotected.len() + AHEAD_SPARE {
-            return;
-        }
-        // Each flow has been told of again and again, or most are protected by now.
-        let chunks = std::mem::take(&mut self.ahead_chunks);
-        let of_chunks =
-            chunks.iter().flat_map(|(peer, chunk)| chunk.records().map(|record| (*peer, version(record))));
-        self.ahead.extend(of_chunks);
-        let unprotected = &self.unprotected;
-        self.ahead.retain(|(_, (key, birth, update))| {
-            unprotected.get(key).is_some_and(|flow| flow.version == (*birth, *update))
-        });
-    }
-
-    /// A backup of a flow of ours is being sent this version. What is known of a later one, or was known before, stays.
-    fn note_missing(&mut self, key: FlowKey, version: Version, backup: MemberId) {
-        let flow = self.unprotected.entry(key).or_insert(Unprotected::new(version, Default::default()));
-        if !flow.lacks(backup)
-            && let Some(free) = flow.missing.iter_mut().find(|missing| missing.is_none())
-        {
-            *free = Some(backup);
-        }
     }
 
     /// Takes what the forwarder says of a flow.

@@ -128,10 +128,4 @@ impl Replicator {
             peer.outbox.forget(key, birth);
         }
     }
-
-    pub(super) fn forget_unprotected(&mut self, key: &FlowKey, birth: u64) {
-        if self.unprotected.get(key).is_some_and(|flow| flow.version.0 <= birth) {
-            self.unprotected.remove(key);
-        }
-    }
 }

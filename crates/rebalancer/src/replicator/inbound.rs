@@ -467,35 +467,6 @@ impl Replicator {
         }
     }
 
-    /// `peer` holds this version: if it is the last backup of a flow of ours that had not said so, the flow is protected.
-    fn note_held(&mut self, peer: MemberId, (key, birth, update): Held) {
-        let row = self.row_of(&key);
-        let backups = self.backups_in_own(row);
-        if !backups.contains(&Some(peer)) {
-            self.note_ahead(row, peer, (key, birth, update));
-            return;
-        }
-        match self.unprotected.get_mut(&key) {
-            Some(flow) => {
-                // A later version that waits for its own acknowledgement stays unprotected.
-                if flow.version.0 != birth || flow.version.1 > update {
-                    return;
-                }
-                for missing in flow.missing.iter_mut().filter(|missing| **missing == Some(peer)) {
-                    *missing = None;
-                }
-                if flow.missing.iter().any(Option::is_some) {
-                    return;
-                }
-            }
-            // It is protected, or nobody knows who else lacks it: then the next comparison says.
-            None if backups.iter().flatten().count() > 1 => return,
-            None => {}
-        }
-        self.unprotected.remove(&key);
-        self.inbound.push_local(Apply::Protect { key, birth, update }, Then::Nothing);
-    }
-
     /// A peer's record was news to us: the other holders may not have it either, so tell them, all but the one it came from.
     ///
     /// Between owner and backups this costs nothing. It repairs what moved while views differed, or while one change followed another

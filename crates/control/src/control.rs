@@ -128,8 +128,6 @@ pub struct Control {
     doubted_since: Option<Instant>,
     /// The others held us to be down as often, or we them.
     generation: u32,
-    /// We suspect all others, so it is rather we whom nobody hears.
-    cut_off: bool,
     transferring: bool,
     change: Phase,
     repair: Repair,
@@ -173,7 +171,6 @@ impl Control {
             sweep_at: None,
             strangers_until: None,
             doubted_since: None,
-            cut_off: false,
             generation: 0,
             transferring: false,
             change: Phase::Settled,
@@ -305,6 +302,14 @@ impl Control {
         (self.change, _) = self.change.after(now, Happening::Pending(view.pending));
         self.pump(now);
         self.report_if_due(now);
+    }
+
+    /// No member has answered this one for half of its lease, so that others may act for it.
+    pub fn handle_unheard(&mut self, now: Instant) {
+        // Of two members the other one is rather lost.
+        if self.view.members.len() > 2 {
+            self.doubt(now);
+        }
     }
 
     /// A stream to `peer` is open.

@@ -65,6 +65,9 @@ pub enum Event {
         /// Its transfer (QUIC) address.
         address: SocketAddr,
     },
+    /// Half of the lease has gone by since the last proof that somebody hears us: others may suspect this member and act for it. Said once,
+    /// until the next proof.
+    Unheard,
     /// The process did not run for longer than its lease: packets received meanwhile must be thrown away.
     Stalled {
         /// For how long.

@@ -126,6 +126,8 @@ pub struct Membership {
 
     pings: VecDeque<Ping>,
     lease: Option<Instant>,
+    /// [`Event::Unheard`] was said, and nobody has heard us since.
+    unheard: bool,
     frozen: Option<Instant>,
     joining: join::Joining,
 }
@@ -231,6 +233,7 @@ impl Membership {
             warned_shared: BTreeMap::new(),
             pings: VecDeque::new(),
             lease: None,
+            unheard: false,
             frozen: None,
             joining: join::Joining::default(),
             config,
@@ -533,6 +536,7 @@ impl Membership {
             Task::Tick => {
                 self.joining.may_answer_stale = true;
                 self.publish_if_due(now);
+                self.notice_unheard(now);
                 self.schedule(now + self.config.timing.gossip_interval, Task::Tick);
             }
             Task::Hello => self.hello(now),
@@ -608,6 +612,7 @@ impl Membership {
         let Some(ping) = self.pings.remove(at) else { return };
         let lease = ping.at + self.config.timing.lease;
         self.lease = Some(self.lease.map_or(lease, |until| until.max(lease)));
+        self.unheard = false;
         let round_trip = now.saturating_duration_since(ping.at);
         let slow = self.slow_answers.entry(from).or_default();
         if round_trip <= self.config.timing.probe_timeout / 2 {
@@ -622,6 +627,14 @@ impl Membership {
                     profile: self.config.timing.name.clone(),
                 }));
             }
+        }
+    }
+
+    fn notice_unheard(&mut self, now: Instant) {
+        let renewed_late = |until| now + self.config.timing.lease / 2 >= until;
+        if !self.unheard && self.lease.is_some_and(renewed_late) {
+            self.unheard = true;
+            self.events.push_back(Event::Unheard);
         }
     }
 

@@ -115,23 +115,25 @@ impl View {
     /// Sorts, decides whether to believe the suspicions, and computes the digest.
     pub(crate) fn new(mut members: Vec<MemberView>, own: MemberId) -> Self {
         members.sort_unstable_by_key(|member| member.id);
-        let others = members.iter().filter(|member| member.id != own).count();
-        let doubted = members
-            .iter()
-            .filter(|member| member.id != own && (member.suspected || member.echo_failing))
-            .count();
-        let distrusts_itself = distrusts_itself(others, doubted);
-        for member in &mut members {
-            let doubted = member.suspected || member.echo_failing;
-            member.liveness = if doubted && !distrusts_itself && member.id != own {
+        let mut view = Self { members, digest: Digest::default(), pending: None, distrusts_itself: false };
+        view.judge(own);
+        view.compute_digests();
+        view
+    }
+
+    /// Decides as the member called `own` whether to believe the suspicions: sets each [`MemberView::liveness`].
+    pub fn judge(&mut self, own: MemberId) {
+        let is_doubted = |member: &MemberView| member.id != own && (member.suspected || member.echo_failing);
+        let others = self.members.iter().filter(|member| member.id != own).count();
+        let doubted = self.members.iter().filter(|member| is_doubted(member)).count();
+        self.distrusts_itself = distrusts_itself(others, doubted);
+        for member in &mut self.members {
+            member.liveness = if is_doubted(member) && !self.distrusts_itself {
                 Liveness::Suspect
             } else {
                 Liveness::Alive
             };
         }
-        let mut view = Self { members, digest: Digest::default(), pending: None, distrusts_itself };
-        view.compute_digests();
-        view
     }
 
     fn compute_digests(&mut self) {

@@ -651,6 +651,33 @@ fn a_stall_beyond_the_lease_is_reported_and_one_below_is_not() {
 }
 
 #[test]
+fn who_is_heard_by_nobody_notices_before_its_lease_is_over() {
+    let unheard = |event: &Event| matches!(event, Event::Unheard);
+    let mut cluster = settled(4, 1);
+    cluster.run_for(5 * SECOND);
+    let times = |cluster: &Cluster, node: usize| {
+        cluster.nodes[node]
+            .events
+            .iter()
+            .filter(|(_, event)| unheard(event))
+            .map(|(at, _)| *at)
+            .collect::<Vec<_>>()
+    };
+    assert!((0..4).all(|node| times(&cluster, node).is_empty()), "the twin: all are heard");
+    for round in 1..=2 {
+        cluster.set_group(2, 1);
+        let cut_off = cluster.now();
+        cluster.run_for(SECOND);
+        let said = times(&cluster, 2);
+        assert_eq!(said.len(), round, "once for each time");
+        assert!(said.last().expect("said").duration_since(cut_off) < Timing::lan().lease / 2 + SECOND / 10);
+        assert!([0, 1, 3].iter().all(|node| times(&cluster, *node).is_empty()));
+        cluster.heal();
+        cluster.run_for(3 * SECOND);
+    }
+}
+
+#[test]
 fn a_round_trip_too_long_for_the_profile_is_said_and_the_profile_named() {
     let slow =
         Network { latency_min: Duration::from_millis(9), latency_max: Duration::from_millis(10), loss: 0.0 };

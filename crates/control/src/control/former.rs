@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use phalanx_flow::member::Liveness;
 use phalanx_flow::{FlowFlags, FlowKey, Record};
 use phalanx_forwarder::{Forwarder, RowSet};
+use phalanx_membership::MemberView;
 use phalanx_rebalancer::Ranking as _;
 
 use super::Control;
@@ -38,10 +39,16 @@ fn set_former(forwarder: &dyn Forwarder, rows: &RowSet, former: bool) {
     forwarder.set_former(&keys, former);
 }
 
+/// Whether `member` is suspected, even by somebody who suspects so many that packets rather believe in them
+/// ([`View::distrusts_itself`](phalanx_membership::View::distrusts_itself)).
+fn is_doubted(member: &MemberView) -> bool {
+    member.suspected || member.liveness == Liveness::Suspect
+}
+
 impl Control {
     /// Whether somebody may be lost with what it holds.
     pub(super) fn suspects(&self) -> bool {
-        self.view.members.iter().any(|member| member.liveness == Liveness::Suspect)
+        self.view.members.iter().any(is_doubted)
     }
 
     /// What neither the table in force nor the pending one gives us, but one before them, nobody tells us of any more.
@@ -59,13 +66,11 @@ impl Control {
         set_former(&*self.forwarder, &rows, true);
     }
 
-    /// We are back, in another process (`resumed`) or after a time in which we and the others did not hear of each other, or hear of nobody
-    /// just now: meanwhile they end flows that we have, and use their tuples again. So what we have is asked for until its other holders have told us of it.
+    /// We are back, in another process (`resumed`) or after a time in which we and the others did not hear of each other: meanwhile they
+    /// end flows that we have, and use their tuples again. So what we have is asked for until its other holders have told us of it.
     pub(super) fn doubt_if_back(&mut self, now: Instant, resumed: bool) {
         let generation = self.view.get(self.settings.local).map_or(self.generation, |own| own.generation);
-        let cut_off = self.hears_nobody();
-        let was_cut_off = std::mem::replace(&mut self.cut_off, cut_off);
-        if resumed || generation > self.generation || cut_off && !was_cut_off {
+        if resumed || generation > self.generation {
             self.generation = generation;
             self.doubt(now);
         } else if self.doubted_since.is_some() && self.is_alone() {
@@ -79,12 +84,6 @@ impl Control {
         self.doubted_since = Some(now);
         // Those that took our rows meanwhile may have recorded what we know better.
         self.compare_soon(now);
-    }
-
-    /// Whether all others are suspected. Two at least: one may as well have died, and then nobody is left to say better.
-    fn hears_nobody(&self) -> bool {
-        let mut others = self.view.members.iter().filter(|member| member.id != self.settings.local);
-        self.view.members.len() > 2 && others.all(|member| member.liveness == Liveness::Suspect)
     }
 
     /// The others have had the time to tell us of what we doubted.

@@ -135,19 +135,20 @@ impl Site {
         site
     }
 
-    /// All have this view: active members, those that wish to be active, and a name for each.
-    /// Gives everybody the same view with another opinion of a member.
-    fn set_liveness(&mut self, id: u32, liveness: Liveness) {
-        for (control, _) in self.members.values_mut() {
+    /// Everybody suspects a member, or no more; each judges by itself whether to believe that.
+    fn suspect(&mut self, id: u32, suspected: bool) {
+        for (local, (control, _)) in &mut self.members {
             let mut view = View::clone(control.view());
             for member in view.members.iter_mut().filter(|member| member.id == MemberId(id)) {
-                member.liveness = liveness;
+                member.suspected = suspected;
             }
+            view.judge(MemberId(*local));
             control.handle_view(self.now, Arc::new(view));
         }
         self.settle();
     }
 
+    /// All have this view: active members, those that wish to be active, and a name for each.
     fn see(&mut self, active: &[u32], joining: &[u32], digest: u64, pending: Option<u64>) {
         let member = |id: u32, state, wish| MemberView {
             id: MemberId(id),

@@ -296,6 +296,12 @@ impl ControlDriver {
             MemberEvent::MemberDown { id, reason } => tracing::info!(member = %id, ?reason, "a member went"),
             MemberEvent::Liveness { id, liveness } => tracing::info!(member = %id, ?liveness, "liveness"),
             MemberEvent::StateChanged(state) => tracing::info!(?state, "our own state"),
+            MemberEvent::Unheard => {
+                tracing::info!(
+                    "no other member answers: asking for what is known, in case they act for this one"
+                );
+                self.core.handle_unheard(Instant::now());
+            }
             other => tracing::debug!(?other, "membership"),
         }
         None

@@ -303,6 +303,13 @@ impl World {
             MemberEvent::Stalled { late } => {
                 self.tell(|| format!("m{name} notices that it stood still for {late:?}"));
             }
+            MemberEvent::Unheard => {
+                self.tell(|| format!("m{name} is heard by nobody"));
+                let clock = self.nodes[at].clock(self.epoch, self.now);
+                if let Some(process) = self.nodes[at].process.as_mut() {
+                    process.control.handle_unheard(clock);
+                }
+            }
             MemberEvent::MemberUp(id) => self.tell(|| format!("m{name} sees m{id} come")),
             MemberEvent::MemberDown { id, reason } => {
                 self.tell(|| format!("m{name} sees m{id} go: {reason:?}"));

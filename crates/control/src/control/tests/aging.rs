@@ -333,10 +333,10 @@ fn what_moves_away_is_former_until_the_window_closes_or_a_holder_sends_it_again(
     assert_eq!(site.forwarder(id).upsert(&[record(n)]), [Upserted::Stale]);
     assert!(!site.is_former(id, n));
     // While somebody is suspected, what former holders have may be all there is.
-    site.set_liveness(3, Liveness::Suspect);
+    site.suspect(3, true);
     site.pass(LINGER + 4 * TICK);
     assert!(moved.iter().all(|&(id, n)| site.has(id, n)));
-    site.set_liveness(3, Liveness::Alive);
+    site.suspect(3, false);
     site.pass(4 * TICK);
     assert!(moved.iter().all(|&(id, n)| !site.has(id, n)), "the window is closed");
 }

@@ -58,27 +58,33 @@ fn what_an_earlier_process_has_left_is_doubted_before_there_is_any_view() {
 }
 
 #[test]
-fn who_suspects_all_others_doubts_what_it_has_and_who_suspects_one_does_not() {
-    for (suspects, doubts) in [(&[2][..], false), (&[2, 3][..], true)] {
-        let mut site = Site::new(&[1, 2, 3]);
-        site.see(&[1, 2, 3], &[], 1, None);
-        site.pass(LINGER + 4 * TICK);
-        site.open();
-        let had = (0..FLOWS).filter(|n| site.has(1, *n)).count();
-        assert!(had > 0);
-        for &id in suspects {
-            site.set_liveness(id, Liveness::Suspect);
-        }
-        assert_eq!(site.doubted(), if doubts { had } else { 0 });
-        // Nobody resolves doubts while those who could are suspected.
-        site.pass(DOUBTS_LAST + 4 * TICK);
-        assert_eq!(site.doubted() > 0, doubts);
-        for &id in suspects {
-            site.set_liveness(id, Liveness::Alive);
-        }
-        site.pass(DOUBTS_LAST + 4 * TICK);
-        assert_eq!(site.doubted(), 0);
+fn who_is_heard_by_nobody_doubts_what_it_has_for_as_long_as_it_suspects_anybody() {
+    // Of two members the other one is rather lost.
+    let mut pair = site();
+    pair.members.get_mut(&1).expect("there").0.handle_unheard(pair.now);
+    assert_eq!(pair.doubted(), 0);
+
+    let mut site = Site::new(&[1, 2, 3]);
+    site.see(&[1, 2, 3], &[], 1, None);
+    site.pass(LINGER + 4 * TICK);
+    site.open();
+    let had = (0..FLOWS).filter(|n| site.has(1, *n)).count();
+    assert!(had > 0);
+    // Who suspects both others takes neither for lost: it rather doubts itself.
+    for id in [2, 3] {
+        site.suspect(id, true);
     }
+    assert!(site.members[&1].0.view().members.iter().all(|member| member.liveness == Liveness::Alive));
+    site.members.get_mut(&1).expect("there").0.handle_unheard(site.now);
+    assert_eq!(site.doubted(), had);
+    // Nobody resolves doubts while those who could are suspected.
+    site.pass(DOUBTS_LAST + 4 * TICK);
+    assert!(site.doubted() > 0);
+    for id in [2, 3] {
+        site.suspect(id, false);
+    }
+    site.pass(DOUBTS_LAST + 4 * TICK);
+    assert_eq!(site.doubted(), 0);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use phalanx_flow::slots::{BackendTable, RankedBackend};
 use phalanx_flow::table::{BackupSite, RankedMember, RankingError, RowTable};
 use phalanx_flow::{BackendId, BackendIndex, FlowKey, FlowSeed, MemberId, MemberSlot, Row, flow_hash};
 use phalanx_forwarder::{Handoff, Plan, PlanBackend, PlanMember, PlanService, SlotSet};
-use phalanx_membership::{KeyRing, MemberView, View};
+use phalanx_membership::{KeyRing, MemberState, MemberView, View};
 use phalanx_rebalancer::{Holders, MAX_HOLDERS, Ranking, Survivors};
 use serde::{Deserialize, Serialize};
 use siphasher::sip::SipHasher24;
@@ -258,8 +258,16 @@ pub struct Planner {
     past: Vec<Past>,
     pending: Option<Pending>,
     lost: Lost,
+    met: Option<Met>,
     boots: BTreeMap<MemberId, u64>,
     view_digest: u64,
+}
+
+/// The active members of another side, met when a partition heals, and their table. Until both sides are one, each owns every row for
+/// itself, so what one side does not know, or would rather know better, the other is asked for.
+struct Met {
+    members: Vec<RankedMember>,
+    rows: Arc<[Row]>,
 }
 
 impl Planner {
@@ -280,6 +288,7 @@ impl Planner {
             past: Vec::new(),
             pending: None,
             lost: Lost::default(),
+            met: None,
             boots: BTreeMap::new(),
             view_digest: 0,
         })
@@ -327,6 +336,7 @@ impl Planner {
         }
         self.view_digest = view.digest.0;
         self.lost.remove(|id| view.get(id).is_some());
+        self.meet(view)?;
 
         let ranked: Vec<RankedMember> =
             view.ranked().map(|member| ranked_member(member, member.metadata.weight)).collect();
@@ -386,6 +396,22 @@ impl Planner {
         };
         let new = Arc::clone(&self.current);
         Ok(Some(TableChange { old, new, survivors, departed, was_planned, ahead }))
+    }
+
+    /// Takes note of another side's members.
+    fn meet(&mut self, view: &View) -> Result<(), RankingError> {
+        let others = view.members.iter().filter(|member| {
+            member.state == MemberState::Active && !member.admitted && member.metadata.weight > 0
+        });
+        let members: Vec<RankedMember> =
+            others.map(|member| ranked_member(member, member.metadata.weight)).collect();
+        if members.is_empty() || !view.get(self.fixed.local).is_some_and(MemberView::ranks) {
+            self.met = None;
+        } else if !self.met.as_ref().is_some_and(|met| same_members(&met.members, &members)) {
+            let rows = self.row_table(&members)?.to_rows(|id| self.slot_of(id)).into();
+            self.met = Some(Met { members, rows });
+        }
+        Ok(())
     }
 
     /// Takes over what of the view is pending. `Some`, the change to come, if something is to be sent for it.
@@ -491,6 +517,7 @@ impl Planner {
         self.past.clear();
         self.pending = None;
         self.lost = Lost::default();
+        self.met = None;
         Ok(())
     }
 
@@ -712,6 +739,12 @@ impl Planner {
                 member.liveness = Liveness::Suspect;
             }
             previous = Some(rows);
+        }
+        // The smaller side rather lacks what the larger one has than what its own table before still moves.
+        if let Some(met) = &self.met
+            && (previous.is_none() || met.members.len() >= self.boots.len())
+        {
+            previous = Some(&met.rows);
         }
         Plan {
             local: self.slot_of(self.fixed.local),

@@ -142,6 +142,51 @@ fn suspicion_diverts_and_moves_nothing_while_a_confirmation_does() {
     }
 }
 
+/// `id`, active on another side.
+fn met(id: u32) -> MemberView {
+    MemberView { admitted: false, ..wishing(active(id), 100) }
+}
+
+/// Whom member 1 asks first, with `members` in its view.
+fn asked_among(planner: &mut Planner, members: Vec<MemberView>) -> BTreeSet<Option<MemberId>> {
+    let view = pending(2, members);
+    planner.set_view(&view, true).unwrap();
+    planner.set_pending(&view).unwrap();
+    let plan = planner.plan();
+    let first = |row: &Row| id_at(&plan, row.owner());
+    plan.previous.iter().flat_map(|rows| rows.iter()).map(first).collect()
+}
+
+#[test]
+fn members_of_another_side_are_asked_by_their_own_table_until_the_sides_are_one() {
+    let mut planner = settled();
+    let ids = |ids: &[u32]| ids.iter().map(|id| Some(MemberId(*id))).collect::<BTreeSet<_>>();
+    planner.set_view(&view(2, vec![active(1)]), true).unwrap().unwrap();
+    planner.close_window();
+    assert_eq!(asked_among(&mut planner, vec![active(1)]), ids(&[1, 2, 3]), "the table before");
+    assert_eq!(asked_among(&mut planner, vec![active(1), met(2), met(3)]), ids(&[2, 3]));
+    let alive = |plan: &Plan, id: u32| plan.members[usize::from(planner.slot_of(MemberId(id)).0)].liveness;
+    assert_eq!(alive(&planner.plan(), 2), Liveness::Alive);
+    // One now: each asks by the table before again, in which member 1 was alone.
+    assert_eq!(asked_among(&mut planner, vec![active(1), active(2), active(3)]), ids(&[1]));
+}
+
+#[test]
+fn a_joiner_has_nothing_to_be_asked_for_and_a_smaller_side_less_than_the_table_before() {
+    let mut planner = settled();
+    let joiner = member(4, 1, MemberState::Joining, Liveness::Alive);
+    assert!(
+        asked_among(&mut planner, vec![active(1), active(2), active(3), wishing(joiner, 100)]).is_empty()
+    );
+    let one = BTreeSet::from([Some(MemberId(4))]);
+    assert_eq!(asked_among(&mut planner, vec![active(1), active(2), active(3), met(4)]), one);
+    // Member 3 is lost: what it had is on its way.
+    let asked = asked_among(&mut planner, vec![active(1), active(2), met(4)]);
+    assert_eq!(asked, [1, 2, 3].map(|id| Some(MemberId(id))).into());
+    planner.close_window();
+    assert_eq!(asked_among(&mut planner, vec![active(1), active(2), met(4)]), one);
+}
+
 #[test]
 fn a_new_boot_changes_no_row_and_loses_the_flows_all_the_same() {
     let mut planner = settled();

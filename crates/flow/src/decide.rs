@@ -319,10 +319,7 @@ impl Roles {
             Some(id) => tables.slot_of(id),
             None => MemberSlot::NONE,
         };
-        let known = arrival.known
-            && bypassed.is_some()
-            && bypassed != local.slot
-            && matches!(tables.liveness(bypassed), Liveness::Alive);
+        let known = arrival.known && bypassed.is_some() && bypassed != local.slot;
         Self { local, row_number, row: tables.row(row_number), bypassed, known }
     }
 
@@ -349,20 +346,35 @@ impl Roles {
             return true;
         }
         if arrival.hops >= MAX_HOPS {
-            return true;
+            // It goes back by one hop more.
+            return !(former && self.asker_holds() && self.returns(arrival));
         }
         let acting = self.acting_owner(tables);
         if acting.is_some() && acting != self.local.slot {
-            // Who is asked says what it has.
-            return arrival.hops > 0;
+            // Who is asked says what it has, unless who asks rather knows.
+            return arrival.hops > 0 && !(former && self.asker_holds());
         }
         !former || !self.other_holder(tables).is_some()
     }
 
-    /// Whether the packet may go back to who has its flow, or has just recorded it.
+    /// Whether the packet may go back to who has its flow, or has just recorded it: even if it is suspected, since the packet came from it
+    /// just now.
     #[inline(always)]
     const fn returns(&self, arrival: &Arrival) -> bool {
         self.known && arrival.hops <= MAX_HOPS
+    }
+
+    /// Whether who handed the packet off has its flow and is to have it: what it has is of today.
+    #[inline(always)]
+    fn asker_holds(&self) -> bool {
+        self.known && (self.bypassed == self.row.owner() || self.bypassed == self.row.backup())
+    }
+
+    /// Whether the packet goes back to a holder that asks us: what we have is of former times and ours not to judge, or we have no lease.
+    #[inline(always)]
+    fn gives_way(&self, arrival: &Arrival, has: bool, ours: bool) -> bool {
+        let doubtful = has && (!ours || arrival.hops >= MAX_HOPS) || !self.local.leased;
+        doubtful && self.asker_holds() && self.returns(arrival)
     }
 
     /// Whether there are other members that might say what we may not.
@@ -411,12 +423,13 @@ impl Roles {
     }
 
     /// Whom we, the acting owner, ask for a flow that we do not know: who handed it off because it has it, and else who may hold it.
+    /// `has`: we have the flow ourselves, but from former times, and who handed it off has no better.
     #[inline(always)]
-    fn asked<T: Tables>(&self, tables: &T) -> MemberSlot {
-        if self.known { self.bypassed } else { self.other_holder(tables) }
+    fn asked<T: Tables>(&self, tables: &T, has: bool) -> MemberSlot {
+        if self.known && !has { self.bypassed } else { self.other_holder(tables) }
     }
 
-    /// As [`Self::other_holder`], among those that are suspected, while the handover window is open.
+    /// As [`Self::other_holder`], among those that are suspected, by us or by who handed the packet off, while the handover window is open.
     ///
     /// A holder that has held its row for long knows all that deviates, so what it does not know it may guess.
     /// After a change it may not have been told yet: a packet that is lost on its way to somebody who is dead comes again, and a
@@ -425,7 +438,13 @@ impl Roles {
     fn doubted_holder<T: Tables>(&self, tables: &T) -> MemberSlot {
         let Some(previous) = tables.previous_row(self.row_number) else { return MemberSlot::NONE };
         let doubted = |slot: MemberSlot| {
-            slot != self.local.slot && slot.is_some() && matches!(tables.liveness(slot), Liveness::Suspect)
+            slot != self.local.slot
+                && slot.is_some()
+                && match tables.liveness(slot) {
+                    Liveness::Suspect => true,
+                    Liveness::Alive => slot == self.bypassed,
+                    Liveness::Down => false,
+                }
         };
         let [first, second, _] = previous.ranks;
         let [third, fourth, _] = self.row.ranks;
@@ -565,7 +584,7 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
     let known = tables.flow(&decision.key);
     let acting = roles.acting_owner(tables);
     let theirs = acting != roles.local.slot && acting.is_some() && arrival.hops < MAX_HOPS;
-    let recorded = roles.returns(arrival);
+    let recorded = roles.returns(arrival) && matches!(tables.liveness(roles.bypassed), Liveness::Alive);
     if let Some(entry) = known
         && entry.flow_state().is_live()
     {
@@ -646,8 +665,10 @@ fn other<T: Tables>(
         }
         return;
     }
-    if theirs {
-        decision.verdict = roles.hand_off(tables, acting, arrival, known.is_some());
+    let returned = roles.gives_way(arrival, known.is_some(), ours);
+    if theirs || returned {
+        let to = if returned { roles.bypassed } else { acting };
+        decision.verdict = roles.hand_off(tables, to, arrival, known.is_some());
         decision.outcome = Outcome::HandedOff;
         return;
     }
@@ -659,7 +680,11 @@ fn other<T: Tables>(
         decision.at_once |= service.replicate_syn;
         return;
     }
-    let mut asked = if hops_left || roles.returns(arrival) { roles.asked(tables) } else { MemberSlot::NONE };
+    let mut asked = if hops_left || roles.returns(arrival) {
+        roles.asked(tables, known.is_some())
+    } else {
+        MemberSlot::NONE
+    };
     if hops_left && !asked.is_some() && !datagram {
         asked = roles.doubted_holder(tables);
     }
@@ -706,7 +731,13 @@ fn icmp_error<T: Tables>(
     let hops_left = arrival.hops < MAX_HOPS;
     if hops_left || roles.returns(arrival) {
         let acting = roles.acting_owner(tables);
-        let to = if hops_left && acting != roles.local.slot { acting } else { roles.asked(tables) };
+        let to = if roles.gives_way(arrival, flow.is_some(), acting == roles.local.slot) {
+            roles.bypassed
+        } else if hops_left && acting != roles.local.slot {
+            acting
+        } else {
+            roles.asked(tables, flow.is_some())
+        };
         if to.is_some() {
             decision.verdict = roles.hand_off(tables, to, arrival, flow.is_some());
             decision.outcome = if acting == roles.local.slot { Outcome::Asked } else { Outcome::HandedOff };

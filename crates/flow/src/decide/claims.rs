@@ -24,6 +24,8 @@ pub(super) struct World {
     pub(super) leased: bool,
     /// There are two members.
     pub(super) pair: bool,
+    /// The row before, while the handover window is open.
+    pub(super) previous: Option<[MemberSlot; 3]>,
 }
 
 pub(super) const NOW_MS: u64 = 100_000;
@@ -39,6 +41,7 @@ impl World {
             failed: None,
             leased: true,
             pair: false,
+            previous: None,
         }
     }
 
@@ -74,7 +77,7 @@ impl Tables for World {
         if self.alone { Row::EMPTY } else { Row { ranks: [OWNER, BACKUP, third], flags: 0 } }
     }
     fn previous_row(&self, _: u32) -> Option<Row> {
-        None
+        self.previous.map(|ranks| Row { ranks, flags: 0 })
     }
     fn liveness(&self, slot: MemberSlot) -> Liveness {
         if self.suspect == Some(slot) { Liveness::Suspect } else { Liveness::Alive }
@@ -293,12 +296,13 @@ fn with_no_hop_left_a_packet_goes_back_to_who_has_its_flow() {
     assert_eq!((to, arrival.known), (THIRD, false));
     let third = World { flow: former(FlowState::Established), ..World::of(THIRD) };
     assert_eq!(third.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
-    // The twins: nobody says that it has it, or it may be gone with what it has; and who knows the flow forwards it.
+    // It may be suspected: it has just handed the packet off, so it is there (a program in the kernel whose daemon has died).
+    let suspecting = World { suspect: Some(THIRD), ..World::of(OWNER) };
+    assert_eq!(handed_to(&suspecting.decide(last(Some(MemberId(2)), true), DATA)), Some(THIRD));
+    // The twins: nobody says that it has it; and who knows the flow forwards it.
     for arrival in [last(Some(MemberId(2)), false), last(None, false)] {
         assert_eq!(owner.decide(arrival, DATA).outcome, Outcome::Recovered);
     }
-    let lost = World { suspect: Some(THIRD), ..World::of(OWNER) };
-    assert_eq!(lost.decide(last(Some(MemberId(2)), true), DATA).outcome, Outcome::Recovered);
     let knows = World { flow: recorded(), ..World::of(OWNER) };
     assert_eq!(knows.decide(last(Some(MemberId(2)), true), DATA).verdict, Verdict::Forward(RECORDED));
 }
@@ -323,6 +327,84 @@ fn without_a_lease_what_is_known_is_asked_for_and_taken_if_nobody_knows_better()
     // Of two members the other one is rather lost.
     let pair = World { flow: recorded(), leased: false, pair: true, ..World::of(OWNER) };
     assert_eq!(pair.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+/// A new backup has not been told all yet by an owner that it holds to be alive, and that a third member suspects.
+#[test]
+fn while_a_window_is_open_whom_another_member_suspects_is_asked_rather_than_guessed_for() {
+    let suspecting = World { suspect: Some(OWNER), ..World::of(THIRD) };
+    let (to, arrival) = handed_on(&suspecting.decide(Arrival::WIRE, DATA));
+    assert_eq!((to, arrival.bypassed, arrival.known), (BACKUP, Some(MemberId(0)), false));
+    let moved = World { previous: Some([OWNER, THIRD, MemberSlot::NONE]), ..World::of(BACKUP) };
+    let (to, last) = handed_on(&World { suspect: Some(THIRD), ..moved.clone() }.decide(arrival, DATA));
+    assert_eq!((to, last.hops, last.bypassed), (OWNER, MAX_HOPS, None));
+    // It has the last word, if it is there.
+    let owner = World { flow: recorded(), ..World::of(OWNER) };
+    assert_eq!(owner.decide(last, DATA).verdict, Verdict::Forward(RECORDED));
+    // The twin: who has held the row for long has been told all that it cannot guess.
+    assert_eq!(World { previous: None, ..moved }.decide(arrival, DATA).outcome, Outcome::Recovered);
+}
+
+/// Neither believes what it has: who handed the packet off has rather missed more.
+#[test]
+fn an_owner_that_doubts_does_not_ask_who_asks_it() {
+    let third = World { flow: former(FlowState::Established), ..World::of(THIRD) };
+    let (to, arrival) = handed_on(&third.decide(Arrival::WIRE, DATA));
+    assert_eq!((to, arrival.known), (OWNER, true));
+    let owner = World { flow: former(FlowState::Established), ..World::of(OWNER) };
+    let (to, arrival) = handed_on(&owner.decide(arrival, DATA));
+    assert_eq!((to, arrival.bypassed, arrival.known), (BACKUP, Some(MemberId(0)), true));
+    assert_eq!(handed_to(&World::of(BACKUP).decide(arrival, DATA)), Some(OWNER), "the backup knows nothing");
+    let alone = World { suspect: Some(BACKUP), ..owner };
+    let (_, arrival) = handed_on(&third.decide(Arrival::WIRE, DATA));
+    assert_eq!(alone.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+/// A holder that asks, because it was cut off or stood still for a while, knows what it has better than who is not to hold the flow.
+#[test]
+fn what_is_of_former_times_gives_way_to_what_a_holder_has_that_asks() {
+    let third = World { flow: former(FlowState::Closing), ..World::of(THIRD) };
+    let owner = World { flow: former(FlowState::Established), ..World::of(OWNER) };
+    for (hops, bypassed) in [(1, 0), (MAX_HOPS, 0), (1, 1), (MAX_HOPS, 1)] {
+        let asked = Arrival { hops, bypassed: Some(MemberId(bypassed)), known: true, ports: None };
+        let (to, arrival) = handed_on(&third.decide(asked, DATA));
+        assert_eq!((to, arrival.hops), (MemberSlot(bypassed as u16), hops + 1));
+        if hops == MAX_HOPS {
+            assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED), "the last word");
+        }
+        // The twins: the asker has nothing, or is no holder itself.
+        for (bypassed, known) in [(bypassed, false), (2, true)] {
+            let asked = Arrival { bypassed: Some(MemberId(bypassed)), known, ..asked };
+            let other = World { flow: former(FlowState::Closing), ..World::of(MemberSlot(3)) };
+            assert_eq!(other.decide(asked, DATA).verdict, Verdict::Forward(RECORDED));
+        }
+    }
+}
+
+/// A member that is back for a moment, or whose daemon is dead, is taken for alive by who suspects so many that it trusts itself no more.
+#[test]
+fn without_a_lease_a_packet_goes_back_to_a_holder_that_knows_its_flow() {
+    // What a member has that is to hold the flow no more may be of long ago.
+    let third = World { flow: former(FlowState::Established), ..World::of(THIRD) };
+    let (_, arrival) = handed_on(&third.decide(Arrival::WIRE, DATA));
+    let owner = World { flow: recorded(), leased: false, ..World::of(OWNER) };
+    assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED), "the twin");
+
+    let asks = World { flow: former(FlowState::Established), ..World::of(BACKUP) };
+    let (to, arrival) = handed_on(&asks.decide(Arrival::WIRE, DATA));
+    assert_eq!((to, arrival.known), (OWNER, true));
+    for flow in [recorded(), former(FlowState::Closing), None] {
+        let owner = World { flow, leased: false, ..World::of(OWNER) };
+        let (to, arrival) = handed_on(&owner.decide(arrival, DATA));
+        assert_eq!((to, arrival.hops), (BACKUP, 2));
+        assert_eq!(asks.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+        // The twins: with a lease it says what it has; who does not know the flow is told what there is.
+        if flow == recorded() {
+            assert_eq!(World { leased: true, ..owner.clone() }.decide(arrival, DATA).action, Action::Update);
+            let (_, arrival) = handed_on(&World::of(BACKUP).decide(Arrival::WIRE, DATA));
+            assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+        }
+    }
 }
 
 #[test]

@@ -31,8 +31,6 @@ pub enum Fault {
     BootTakenForRefutation,
     /// There is no handover window.
     NoWindow,
-    /// The end of a flow is announced to nobody.
-    EndNotAnnounced,
     /// Whoever forwards a flow of another owner does not tell it.
     NoTouches,
     /// Transfer tables are acknowledged and not applied.
@@ -53,7 +51,7 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 17] = [
         Self::WrongTieBreak,
         Self::DroppedAck,
         Self::ForgottenBackup,
@@ -63,7 +61,6 @@ impl Fault {
         Self::RecoveredOverwrites,
         Self::BootTakenForRefutation,
         Self::NoWindow,
-        Self::EndNotAnnounced,
         Self::NoTouches,
         Self::TransferLost,
         Self::HopsNotCounted,
@@ -86,7 +83,6 @@ impl Fault {
             Self::RecoveredOverwrites => "recovered-overwrites",
             Self::BootTakenForRefutation => "boot-taken-for-refutation",
             Self::NoWindow => "no-handover-window",
-            Self::EndNotAnnounced => "end-not-announced",
             Self::NoTouches => "no-touches",
             Self::TransferLost => "transfer-lost",
             Self::HopsNotCounted => "hops-not-counted",
@@ -139,7 +135,6 @@ pub(crate) fn frame(fault: Fault, local: MemberId, frame: Frame) -> (Option<Fram
         Some(Fault::ForgottenBackup) => {
             (Some(keep(frame, |item| !matches!(item, Item::Associate { cache: false, .. }))), None)
         }
-        Some(Fault::EndNotAnnounced) => (Some(keep(frame, |item| !matches!(item, Item::End { .. }))), None),
         Some(Fault::NoTouches) => (Some(keep(frame, |item| !matches!(item, Item::Touch { .. }))), None),
         Some(Fault::IdleNotAsked) => {
             let Frame::Batch { seq, items } = frame else { return (Some(frame), None) };

@@ -86,7 +86,6 @@ fn every_planted_fault_is_caught() {
         (Fault::RecoveredOverwrites, 69),
         (Fault::BootTakenForRefutation, 130),
         (Fault::NoWindow, 113),
-        (Fault::EndNotAnnounced, 330),
     ];
     let mut missed = Vec::new();
     for fault in Fault::ALL {

@@ -10,7 +10,7 @@
 //!  else ─────► entry: Forward    cache: Forward    acting owner: ask once, then Forward and record    else HandOff
 //! ```
 
-use crate::entry::{BackendIndex, FlowEntry, FlowEventKind, FlowFlags, FlowState};
+use crate::entry::{BackendIndex, FlowEntry, FlowEventKind, FlowFlags, FlowState, Vintage};
 use crate::hash::{FlowSeed, flow_hash};
 use crate::key::{FlowKey, UDP};
 use crate::member::{Liveness, MemberId, MemberSlot};
@@ -30,13 +30,15 @@ pub struct Arrival {
     pub bypassed: Option<MemberId>,
     /// Who was passed over handed the packet off itself: it has the flow, but only from former times.
     pub known: bool,
+    /// Of what it has, if `known` and not a fragment.
+    pub vintage: Vintage,
     /// Source and destination port of a fragment, as a member that saw the first one tells us.
     pub ports: Option<[[u8; 2]; 2]>,
 }
 
 impl Arrival {
     /// From a client, by way of a router.
-    pub const WIRE: Self = Self { hops: 0, bypassed: None, known: false, ports: None };
+    pub const WIRE: Self = Self { hops: 0, bypassed: None, known: false, vintage: Vintage(0), ports: None };
 }
 
 /// What the decision reads of the local member.
@@ -150,6 +152,8 @@ pub struct HandOff {
     pub bypassed: MemberSlot,
     /// As [`Arrival::known`].
     pub known: bool,
+    /// As [`Arrival::vintage`].
+    pub vintage: Vintage,
     /// The ports of a fragment, if known.
     pub ports: Option<[[u8; 2]; 2]>,
 }
@@ -342,19 +346,32 @@ impl Roles {
         // Of two members, who loses its lease has rather lost the other one (docs/design/0002-membership.md).
         let [owner, _, third] = self.row.ranks;
         let former = entry.flags.has(FlowFlags::FORMER) || !self.local.leased && third.is_some();
-        if !former && (entry.flow_state().is_live() || owner == self.local.slot && self.local.leased) {
+        if self.gives_way(entry, arrival) {
+            return false;
+        }
+        // An owner before us heard of the tuple's next use before we did.
+        let owns = owner == self.local.slot && self.local.leased;
+        let new = owns && self.is_new_owner(tables);
+        if !former && (entry.flow_state().is_live() || owns && !new) {
             return true;
         }
         if arrival.hops >= MAX_HOPS {
-            // It goes back by one hop more.
-            return !(former && self.asker_holds() && self.returns(arrival));
+            return true;
         }
         let acting = self.acting_owner(tables);
         if acting.is_some() && acting != self.local.slot {
-            // Who is asked says what it has, unless who asks rather knows.
-            return arrival.hops > 0 && !(former && self.asker_holds());
+            // Who is asked says what it has.
+            return arrival.hops > 0;
         }
-        !former || !self.other_holder(tables).is_some()
+        !self.other_holder(tables).is_some()
+    }
+
+    /// Whether another member owned the row before.
+    #[inline(always)]
+    fn is_new_owner<T: Tables>(&self, tables: &T) -> bool {
+        // Not `is_some_and`: the verifier must see a value on every way here.
+        let before = tables.previous_row(self.row_number).unwrap_or(Row::EMPTY).owner();
+        before.is_some() && before != self.local.slot
     }
 
     /// Whether the packet may go back to who has its flow, or has just recorded it: even if it is suspected, since the packet came from it
@@ -364,17 +381,22 @@ impl Roles {
         self.known && arrival.hops <= MAX_HOPS
     }
 
-    /// Whether who handed the packet off has its flow and is to have it: what it has is of today.
+    /// Whether who handed the packet off has a newer record than `entry`, and gets it back.
     #[inline(always)]
-    fn asker_holds(&self) -> bool {
-        self.known && (self.bypassed == self.row.owner() || self.bypassed == self.row.backup())
+    const fn gives_way(&self, entry: &FlowEntry, arrival: &Arrival) -> bool {
+        self.returns(arrival) && arrival.ports.is_none() && Vintage::of(entry).is_replaced_by(arrival.vintage)
     }
 
-    /// Whether the packet goes back to a holder that asks us: what we have is of former times and ours not to judge, or we have no lease.
+    /// Whether the packet goes back to who has its flow: what we have is older, or we have nothing, and no lease or a holder has asked us.
     #[inline(always)]
-    fn gives_way(&self, arrival: &Arrival, has: bool, ours: bool) -> bool {
-        let doubtful = has && (!ours || arrival.hops >= MAX_HOPS) || !self.local.leased;
-        doubtful && self.asker_holds() && self.returns(arrival)
+    fn returned(&self, entry: Option<&FlowEntry>, arrival: &Arrival) -> bool {
+        match entry {
+            Some(entry) => self.gives_way(entry, arrival),
+            None => {
+                let is_holder = self.bypassed == self.row.owner() || self.bypassed == self.row.backup();
+                self.returns(arrival) && (is_holder || !self.local.leased)
+            }
+        }
     }
 
     /// Whether there are other members that might say what we may not.
@@ -461,9 +483,16 @@ impl Roles {
         }
     }
 
-    /// `knows`: we have the flow, and would rather know better.
+    /// `has`: we have the flow, and would rather know better.
     #[inline(always)]
-    fn hand_off<T: Tables>(&self, tables: &T, to: MemberSlot, arrival: &Arrival, knows: bool) -> Verdict {
+    fn hand_off<T: Tables>(
+        &self,
+        tables: &T,
+        to: MemberSlot,
+        arrival: &Arrival,
+        has: Option<&FlowEntry>,
+    ) -> Verdict {
+        let knows = has.is_some();
         let owner = self.row.owner();
         let (bypassed, known) = if to == self.bypassed {
             (MemberSlot::NONE, false)
@@ -478,7 +507,12 @@ impl Roles {
             (MemberSlot::NONE, false)
         };
         let hops = arrival.hops.wrapping_add(1);
-        Verdict::HandOff(HandOff { to, hops, bypassed, known, ports: arrival.ports })
+        let vintage = match has {
+            _ if !known => Vintage(0),
+            Some(entry) => Vintage::of(entry),
+            None => arrival.vintage,
+        };
+        Verdict::HandOff(HandOff { to, hops, bypassed, known, vintage, ports: arrival.ports })
     }
 }
 
@@ -555,7 +589,7 @@ fn fragment_ports<T: Tables>(
         let roles = Roles::new(tables, local, &fragment_key, hash, arrival);
         let gatherer = roles.acting_owner(tables);
         if gatherer != local.slot && gatherer.is_some() && arrival.hops == 0 {
-            decision.end(roles.hand_off(tables, gatherer, arrival, false), Outcome::FragmentHandedOff);
+            decision.end(roles.hand_off(tables, gatherer, arrival, None), Outcome::FragmentHandedOff);
             return false;
         }
         // The gatherer was chosen by another row: whoever it bypassed says nothing of the flow's row.
@@ -599,7 +633,7 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
     }
     if recorded || theirs {
         let to = if recorded { roles.bypassed } else { acting };
-        decision.verdict = roles.hand_off(tables, to, arrival, false);
+        decision.verdict = roles.hand_off(tables, to, arrival, None);
         decision.outcome = Outcome::HandedOff;
         return;
     }
@@ -611,7 +645,7 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
     if known.is_some() && decision.action == Action::Insert && arrival.hops < MAX_HOPS && knows_it {
         // The other holder knows the connection before. It must not act for us on that when we are lost before we have told it of this one,
         // as a program whose daemon is dead always is: the SYN itself tells it, and comes back.
-        decision.verdict = roles.hand_off(tables, other, arrival, true);
+        decision.verdict = roles.hand_off(tables, other, arrival, Some(&decision.entry));
     }
 }
 
@@ -650,6 +684,7 @@ fn other<T: Tables>(
     // Nobody tells a cache that a tuple is used again: whose connection has ended there is the owner's to say.
     if let Some(entry) = tables.cached(&decision.key)
         && (entry.flow_state().is_live() || !theirs)
+        && !roles.gives_way(&entry, arrival)
     {
         let failed = is_to_be_reset(&entry, packet, tables, service);
         let (entry, changed) = advance(entry, packet, failed);
@@ -665,10 +700,10 @@ fn other<T: Tables>(
         }
         return;
     }
-    let returned = roles.gives_way(arrival, known.is_some(), ours);
+    let returned = roles.returned(known.as_ref(), arrival);
     if theirs || returned {
         let to = if returned { roles.bypassed } else { acting };
-        decision.verdict = roles.hand_off(tables, to, arrival, known.is_some());
+        decision.verdict = roles.hand_off(tables, to, arrival, known.as_ref());
         decision.outcome = Outcome::HandedOff;
         return;
     }
@@ -689,7 +724,7 @@ fn other<T: Tables>(
         asked = roles.doubted_holder(tables);
     }
     if asked.is_some() {
-        decision.verdict = roles.hand_off(tables, asked, arrival, known.is_some());
+        decision.verdict = roles.hand_off(tables, asked, arrival, known.as_ref());
         decision.outcome = Outcome::Asked;
         return;
     }
@@ -731,7 +766,7 @@ fn icmp_error<T: Tables>(
     let hops_left = arrival.hops < MAX_HOPS;
     if hops_left || roles.returns(arrival) {
         let acting = roles.acting_owner(tables);
-        let to = if roles.gives_way(arrival, flow.is_some(), acting == roles.local.slot) {
+        let to = if roles.returned(flow.as_ref(), arrival) {
             roles.bypassed
         } else if hops_left && acting != roles.local.slot {
             acting
@@ -739,7 +774,7 @@ fn icmp_error<T: Tables>(
             roles.asked(tables, flow.is_some())
         };
         if to.is_some() {
-            decision.verdict = roles.hand_off(tables, to, arrival, flow.is_some());
+            decision.verdict = roles.hand_off(tables, to, arrival, flow.as_ref());
             decision.outcome = if acting == roles.local.slot { Outcome::Asked } else { Outcome::HandedOff };
             return;
         }

@@ -222,6 +222,48 @@ impl Record {
     }
 }
 
+/// How a hand-off says which record its sender has (docs/design/0013-births-in-hand-offs.md): a [`Version`] in 32 bits, of which the
+/// update does not count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Vintage(pub u32);
+
+impl Vintage {
+    /// The record was not made by a first packet.
+    const RECOVERED: u32 = 1 << 31;
+    /// Its birth in milliseconds; they wrap after 24 days. 0: not stamped yet, and later than any.
+    const BIRTH: u32 = Self::RECOVERED - 1;
+    /// A birth counts milliseconds above so many bits ([`FlowEntry::birth`]).
+    const COUNTER_BITS: u32 = 12;
+
+    /// That of `entry`.
+    #[inline(always)]
+    pub const fn of(entry: &FlowEntry) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "the low bits are what is wanted")]
+        let low = (entry.birth >> Self::COUNTER_BITS) as u32 & Self::BIRTH;
+        let stamped = (entry.birth != 0) as u32;
+        // 0 is taken.
+        let birth = low | (low == 0) as u32 & stamped;
+        Self(if entry.flags.has(FlowFlags::RECOVERED) { birth | Self::RECOVERED } else { birth })
+    }
+
+    /// Whether a record of `other` replaces one of this, as [`Version::is_replaced_by`] has it for connections.
+    #[inline(always)]
+    pub const fn is_replaced_by(self, other: Self) -> bool {
+        let recovered = self.0 & Self::RECOVERED;
+        if recovered != other.0 & Self::RECOVERED {
+            return recovered != 0;
+        }
+        let (ours, theirs) = (self.0 & Self::BIRTH, other.0 & Self::BIRTH);
+        if ours == theirs {
+            return false;
+        }
+        // Serial numbers of 31 bits (RFC 1982).
+        let later = theirs == 0 || ours != 0 && theirs.wrapping_sub(ours) & Self::BIRTH < 1 << 30;
+        later == (recovered == 0)
+    }
+}
+
 /// What orders two records of one flow (design §4, "Versions").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Version {

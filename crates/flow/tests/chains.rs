@@ -17,6 +17,7 @@ use phalanx_flow::member::Liveness;
 use phalanx_flow::packet::{Fragment, Packet, PacketKind, tcp_flags};
 use phalanx_flow::{
     Arrival, BackendIndex, FlowEntry, FlowFlags, FlowKey, FlowSeed, FlowState, MemberId, MemberSlot, Row,
+    Vintage,
 };
 
 const SEED: FlowSeed = FlowSeed([1, 2]);
@@ -268,7 +269,13 @@ fn follow(
         let id = member.slots[usize::from(hand_off.to.0)];
         let bypassed = member.slots.get(usize::from(hand_off.bypassed.0)).copied();
         let hops = if count_hops { hand_off.hops } else { 0 };
-        arrival = Arrival { hops, bypassed, known: hand_off.known, ports: hand_off.ports };
+        arrival = Arrival {
+            hops,
+            bypassed,
+            known: hand_off.known,
+            vintage: hand_off.vintage,
+            ports: hand_off.ports,
+        };
         at = id.0 as usize;
         chain.path.push(at);
     }
@@ -288,7 +295,13 @@ fn any_case(seed: u64) -> (Vec<Member>, Packet, Arrival, usize) {
         // A hand-off from who knows whom, of a number of hops that nobody honest would write.
         let hops = [0, 1, 2, 3, 200, 255][dice.below(6)];
         let bypassed = dice.one_in(2).then(|| MemberId(dice.below(7) as u32));
-        Arrival { hops, bypassed, known: dice.one_in(2), ports: dice.one_in(3).then_some(FLOW_PORTS) }
+        Arrival {
+            hops,
+            bypassed,
+            known: dice.one_in(2),
+            vintage: Vintage(0),
+            ports: dice.one_in(3).then_some(FLOW_PORTS),
+        }
     };
     let at = dice.below(members);
     (all, packet, arrival, at)

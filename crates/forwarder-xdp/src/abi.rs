@@ -9,7 +9,7 @@ use phalanx_flow::key::{mapped, unmapped};
 use phalanx_flow::{FlowEntry, FlowKey};
 
 /// Version of these layouts.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Plans that exist at once: the one in force and the one being written.
 pub const PLANS: u32 = 2;
@@ -389,6 +389,8 @@ pub struct Punt {
     pub known: u8,
     /// Zero.
     pub reserved: [u8; 3],
+    /// As [`Arrival::vintage`](phalanx_flow::Arrival::vintage).
+    pub vintage: u32,
     /// Of a held fragment: whom its sender passed over; 0: nobody.
     pub passed_over: u32,
     /// The frame.

@@ -3,8 +3,8 @@
 //! ```text
 //!  PINS/link-eth0      the attachment: as long as it stands, the kernel forwards
 //!  PINS/stages         the table of tail calls of the programs that are attached
-//!  PINS/v5/FLOWS4, …   the maps, by the version of their layout
-//!  PINS/v5/NOTE        what the daemon remembers with them
+//!  PINS/v6/FLOWS4, …   the maps, by the version of their layout
+//!  PINS/v6/NOTE        what the daemon remembers with them
 //! ```
 //! A running daemon holds a lock on the directory, so that nobody else takes over or removes what is in it.
 

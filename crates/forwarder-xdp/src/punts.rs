@@ -12,7 +12,9 @@ use aya::maps::{MapData, RingBuf};
 use phalanx_flow::decide::HandOff;
 use phalanx_flow::encap::{self, HandOffHeader, LinkHeader, Outer};
 use phalanx_flow::packet::{FrameBuf, HEADROOM, Link, parse};
-use phalanx_flow::{Arrival, BackendIndex, Decision, FlowKey, MemberId, MemberSlot, Method, Verdict};
+use phalanx_flow::{
+    Arrival, BackendIndex, Decision, FlowKey, MemberId, MemberSlot, Method, Verdict, Vintage,
+};
 use phalanx_forwarder::Drop as Reason;
 use phalanx_forwarder::engine::{Engine, Held, HeldFrame};
 use phalanx_forwarder::rewrite::{self, Offload, Scratch, Sink};
@@ -165,7 +167,13 @@ fn hold(engine: &Engine, held: &mut Held, punt: &Punt) {
         .and_then(|packet| packet.fragment_key());
     let Some(fragment) = key else { return engine.counters.count_drop(Reason::Malformed) };
     let bypassed = (punt.passed_over != 0).then_some(MemberId(punt.passed_over));
-    let arrival = Arrival { hops: punt.hops, bypassed, known: punt.known != 0, ports: None };
+    let arrival = Arrival {
+        hops: punt.hops,
+        bypassed,
+        known: punt.known != 0,
+        vintage: Vintage(punt.vintage),
+        ports: None,
+    };
     let frame = HeldFrame { fragment, until_ms: 0, bytes, link, ingress: punt.ingress, arrival };
     let given_up = held.push(frame, now_ms());
     engine.counters.add_drops(Reason::Fragment, given_up);
@@ -208,6 +216,7 @@ fn carry_out(
             hops: punt.hops,
             bypassed: MemberSlot(punt.bypassed),
             known: punt.known != 0,
+            vintage: Vintage(punt.vintage),
             ports: (punt.has_ports != 0).then_some(punt.ports),
         }),
         _ => match backend_of(engine, names, punt) {

@@ -264,6 +264,7 @@ impl<S: Sink> Work<'_, '_, S> {
             hops: header.hops,
             bypassed: header.bypassed(),
             known: header.known(),
+            vintage: header.vintage(),
             ports: header.ports().map(|(source, destination)| [source, destination]),
         };
         self.rule(frame, &packet, Link::Ip, &arrival, Offload::NONE);
@@ -317,7 +318,8 @@ impl<S: Sink> Work<'_, '_, S> {
                 let plan = &self.batch.plan().plan;
                 let mut header = HandOffHeader::new(hand_off.hops, plan.view_digest, plan.handoff.cookie);
                 if let Some(bypassed) = bypassed {
-                    header = header.bypassing(bypassed).with_known(hand_off.known);
+                    header =
+                        header.bypassing(bypassed).with_known(hand_off.known).with_vintage(hand_off.vintage);
                 }
                 if let Some([source, destination]) = hand_off.ports {
                     header = header.with_ports(source, destination);

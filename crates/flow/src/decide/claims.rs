@@ -144,8 +144,13 @@ fn claim_2_the_backup_processes_the_connection_while_the_owner_cannot() {
     let Verdict::HandOff(hand_off) = passed_on.verdict else { panic!("{passed_on:?}") };
     assert_eq!(hand_off.bypassed, OWNER, "the backup is told why it gets the packet");
 
-    let arrival =
-        Arrival { hops: 1, bypassed: Some(MemberId(u32::from(OWNER.0))), known: false, ports: None };
+    let arrival = Arrival {
+        hops: 1,
+        bypassed: Some(MemberId(u32::from(OWNER.0))),
+        known: false,
+        vintage: Vintage(0),
+        ports: None,
+    };
     let backup = World { flow: recorded(), ..World::of(BACKUP) };
     assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED), "by the state it was sent");
     let new = World::of(BACKUP).decide(arrival, tcp_flags::SYN);
@@ -161,7 +166,7 @@ fn claim_15_a_syn_is_forwarded_and_recorded_by_the_owner_or_handed_to_it() {
     assert_eq!(at_owner.event, Some(FlowEventKind::New), "the daemon is told, to tell the backup (430)");
     assert_eq!(at_owner.entry.backend, CONSISTENT);
     // A SYN that was handed to the owner is dealt with like one that came to it (445).
-    let arrival = Arrival { hops: 1, bypassed: None, known: false, ports: None };
+    let arrival = Arrival { hops: 1, bypassed: None, known: false, vintage: Vintage(0), ports: None };
     let handed = World::of(OWNER).decide(arrival, tcp_flags::SYN);
     assert_eq!(
         (handed.verdict, handed.action, handed.event),
@@ -245,7 +250,7 @@ fn a_cache_that_knows_of_an_end_leaves_the_packet_to_the_owner() {
 fn handed_on(decision: &Decision) -> (MemberSlot, Arrival) {
     let Verdict::HandOff(to) = decision.verdict else { panic!("{:?}", decision.verdict) };
     let bypassed = to.bypassed.is_some().then(|| MemberId(u32::from(to.bypassed.0)));
-    (to.to, Arrival { hops: to.hops, bypassed, known: to.known, ports: to.ports })
+    (to.to, Arrival { hops: to.hops, bypassed, known: to.known, vintage: to.vintage, ports: to.ports })
 }
 
 fn former(state: FlowState) -> Option<FlowEntry> {
@@ -290,7 +295,8 @@ fn what_a_former_holder_has_is_asked_for_and_not_believed() {
 /// Views differ: whom the former holder took for the owner handed the packet on, and the owner may ask nobody else.
 #[test]
 fn with_no_hop_left_a_packet_goes_back_to_who_has_its_flow() {
-    let last = |bypassed, known| Arrival { hops: MAX_HOPS, bypassed, known, ports: None };
+    let last =
+        |bypassed, known| Arrival { hops: MAX_HOPS, bypassed, known, vintage: Vintage(0), ports: None };
     let owner = World::of(OWNER);
     let (to, arrival) = handed_on(&owner.decide(last(Some(MemberId(2)), true), DATA));
     assert_eq!((to, arrival.known), (THIRD, false));
@@ -360,50 +366,74 @@ fn an_owner_that_doubts_does_not_ask_who_asks_it() {
     assert_eq!(alone.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
 }
 
-/// A holder that asks, because it was cut off or stood still for a while, knows what it has better than who is not to hold the flow.
+/// `entry` of a connection that a SYN made so many milliseconds ago.
+fn made(entry: Option<FlowEntry>, ago: u64) -> Option<FlowEntry> {
+    entry.map(|entry| FlowEntry { birth: (1_800_000_000_000 - ago) << 12, ..entry })
+}
+
+/// Both doubt, or one of them, for whatever reason: the tuple's last use counts.
 #[test]
-fn what_is_of_former_times_gives_way_to_what_a_holder_has_that_asks() {
-    let third = World { flow: former(FlowState::Closing), ..World::of(THIRD) };
-    let owner = World { flow: former(FlowState::Established), ..World::of(OWNER) };
-    for (hops, bypassed) in [(1, 0), (MAX_HOPS, 0), (1, 1), (MAX_HOPS, 1)] {
-        let asked = Arrival { hops, bypassed: Some(MemberId(bypassed)), known: true, ports: None };
-        let (to, arrival) = handed_on(&third.decide(asked, DATA));
-        assert_eq!((to, arrival.hops), (MemberSlot(bypassed as u16), hops + 1));
-        if hops == MAX_HOPS {
-            assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED), "the last word");
-        }
-        // The twins: the asker has nothing, or is no holder itself.
-        for (bypassed, known) in [(bypassed, false), (2, true)] {
-            let asked = Arrival { bypassed: Some(MemberId(bypassed)), known, ..asked };
-            let other = World { flow: former(FlowState::Closing), ..World::of(MemberSlot(3)) };
-            assert_eq!(other.decide(asked, DATA).verdict, Verdict::Forward(RECORDED));
+fn of_two_members_that_have_the_flow_the_one_with_the_newer_record_forwards() {
+    let entries = [recorded(), former(FlowState::Established), former(FlowState::Closing)];
+    for (asks, slot) in [(OWNER, THIRD), (BACKUP, OWNER), (THIRD, OWNER)] {
+        for entry in entries {
+            for leased in [true, false] {
+                let arrival = |ago| {
+                    let asking = World { flow: made(former(FlowState::Closing), ago), ..World::of(asks) };
+                    let asked =
+                        Arrival { hops: 1, bypassed: Some(MemberId(u32::from(asks.0))), ..Arrival::WIRE };
+                    let vintage = Vintage::of(&asking.flow.unwrap());
+                    Arrival { known: true, vintage, ..asked }
+                };
+                let has = World { flow: made(entry, 5_000), leased, ..World::of(slot) };
+                let (to, back) = handed_on(&has.decide(arrival(1_000), DATA));
+                assert_eq!((to, back.hops, back.known), (asks, 2, false), "the asker has the newer one");
+                let last = Arrival { hops: MAX_HOPS, ..arrival(1_000) };
+                assert_eq!(handed_to(&has.decide(last, DATA)), Some(asks));
+                let last = Arrival { hops: MAX_HOPS, ..arrival(60_000) };
+                assert_eq!(
+                    has.decide(last, DATA).verdict,
+                    Verdict::Forward(RECORDED),
+                    "the asker has an older one"
+                );
+            }
         }
     }
 }
 
-/// A member that is back for a moment, or whose daemon is dead, is taken for alive by who suspects so many that it trusts itself no more.
 #[test]
-fn without_a_lease_a_packet_goes_back_to_a_holder_that_knows_its_flow() {
-    // What a member has that is to hold the flow no more may be of long ago.
-    let third = World { flow: former(FlowState::Established), ..World::of(THIRD) };
+fn a_hand_off_says_which_record_its_sender_has() {
+    let third = World { flow: made(former(FlowState::Established), 10), ..World::of(THIRD) };
     let (_, arrival) = handed_on(&third.decide(Arrival::WIRE, DATA));
-    let owner = World { flow: recorded(), leased: false, ..World::of(OWNER) };
-    assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED), "the twin");
+    assert_eq!((arrival.known, arrival.vintage), (true, Vintage::of(&third.flow.unwrap())));
+    assert_ne!(arrival.vintage, Vintage(0));
+    // Who has nothing passes it on to whom it asks.
+    let (to, passed) = handed_on(&World::of(BACKUP).decide(arrival, DATA));
+    assert_eq!((to, passed.known), (OWNER, true));
+    assert_eq!(passed.vintage, arrival.vintage);
+    // A holder gets it back instead: the owner may be lost, which is why it asks.
+    let backup = World { flow: made(former(FlowState::Established), 10), ..World::of(BACKUP) };
+    let (_, arrival) = handed_on(&backup.decide(Arrival::WIRE, DATA));
+    assert_eq!(handed_to(&World::of(THIRD).decide(arrival, DATA)), Some(BACKUP));
+}
 
-    let asks = World { flow: former(FlowState::Established), ..World::of(BACKUP) };
-    let (to, arrival) = handed_on(&asks.decide(Arrival::WIRE, DATA));
-    assert_eq!((to, arrival.known), (OWNER, true));
-    for flow in [recorded(), former(FlowState::Closing), None] {
-        let owner = World { flow, leased: false, ..World::of(OWNER) };
-        let (to, arrival) = handed_on(&owner.decide(arrival, DATA));
-        assert_eq!((to, arrival.hops), (BACKUP, 2));
-        assert_eq!(asks.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
-        // The twins: with a lease it says what it has; who does not know the flow is told what there is.
-        if flow == recorded() {
-            assert_eq!(World { leased: true, ..owner.clone() }.decide(arrival, DATA).action, Action::Update);
-            let (_, arrival) = handed_on(&World::of(BACKUP).decide(Arrival::WIRE, DATA));
-            assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
-        }
+/// News of the tuple's next use is still on its way to an owner that is new.
+#[test]
+fn a_new_owner_asks_before_it_believes_that_a_connection_has_ended() {
+    let ended = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });
+    let before = Some([THIRD, BACKUP, MemberSlot::NONE]);
+    let owner = World { flow: made(ended, 60_000), previous: before, ..World::of(OWNER) };
+    let third = World { flow: made(former(FlowState::Established), 10), ..World::of(THIRD) };
+    let (to, arrival) = handed_on(&owner.decide(Arrival::WIRE, DATA));
+    assert_eq!(to, THIRD);
+    assert_eq!(third.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+    // The twins: it has long been the owner, or nobody is there to be asked; and what lives is believed.
+    for world in [
+        World { previous: None, ..owner.clone() },
+        World { previous: Some([OWNER, THIRD, MemberSlot::NONE]), ..owner.clone() },
+        World { flow: made(recorded(), 60_000), ..owner },
+    ] {
+        assert_eq!(world.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
     }
 }
 

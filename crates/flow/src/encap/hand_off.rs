@@ -17,6 +17,7 @@
 //! +-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
 //! ```
 
+use crate::entry::Vintage;
 use crate::member::MemberId;
 use crate::packet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Reader};
 
@@ -77,7 +78,8 @@ pub struct HandOffHeader {
     pub view_digest: u64,
     /// The member that should have had the packet but is suspected; counts with [`HandOffFlags::BYPASSED`].
     pub bypassed: MemberId,
-    /// Ports of a fragment's datagram, network byte order; they count with [`HandOffFlags::PORTS`].
+    /// Ports of a fragment's datagram, network byte order; they count with [`HandOffFlags::PORTS`]. Without it, and with
+    /// [`HandOffFlags::KNOWN`], both together are the [`Vintage`] of what the member bypassed has.
     pub source_port: [u8; 2],
     /// See `source_port`.
     pub destination_port: [u8; 2],
@@ -119,6 +121,21 @@ impl HandOffHeader {
     #[must_use]
     pub const fn with_known(self, known: bool) -> Self {
         if known { Self { flags: HandOffFlags(self.flags.0 | HandOffFlags::KNOWN), ..self } } else { self }
+    }
+
+    /// The header with the vintage of the record that the one bypassed has; [`Self::with_ports`] leaves no room for it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with_vintage(self, vintage: Vintage) -> Self {
+        let [a, b, c, d] = vintage.0.to_be_bytes();
+        Self { source_port: [a, b], destination_port: [c, d], ..self }
+    }
+
+    /// The vintage of the record that the one bypassed has. It counts with [`Self::known`] and without ports.
+    #[inline(always)]
+    pub const fn vintage(&self) -> Vintage {
+        let ([a, b], [c, d]) = (self.source_port, self.destination_port);
+        Vintage(u32::from_be_bytes([a, b, c, d]))
     }
 
     /// The header with the ports of the fragment's datagram, network byte order.

@@ -456,8 +456,13 @@ impl World {
                 };
                 self.hand_offs += 1;
                 let bypassed = plan.member(hand_off.bypassed).map(|member| member.id);
-                let arrival =
-                    Arrival { hops: hand_off.hops, bypassed, known: hand_off.known, ports: hand_off.ports };
+                let arrival = Arrival {
+                    hops: hand_off.hops,
+                    bypassed,
+                    known: hand_off.known,
+                    vintage: hand_off.vintage,
+                    ports: hand_off.ports,
+                };
                 if self.delivers(node, to) {
                     let late = self.latency();
                     self.push_in(late, Event::AtMember { node: to, packet, arrival });

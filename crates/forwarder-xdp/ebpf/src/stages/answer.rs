@@ -107,6 +107,7 @@ pub fn phalanx_punt(ctx: XdpContext) -> u32 {
         (*place).why = work.why;
         (*place).bare = work.bare as u8;
         let mut known = work.arrival.known;
+        let mut vintage = work.arrival.vintage;
         (*place).passed_over = match work.arrival.bypassed {
             Some(id) => id.0,
             None => 0,
@@ -120,11 +121,13 @@ pub fn phalanx_punt(ctx: XdpContext) -> u32 {
                 (*place).hops = to.hops;
                 ports = to.ports;
                 known = to.known;
+                vintage = to.vintage;
             }
             _ => {}
         }
         (*place).has_ports = ports.is_some() as u8;
         (*place).known = known as u8;
+        (*place).vintage = vintage.0;
         (*place).ports = ports.unwrap_or([[0; 2]; 2]);
         if bpf_xdp_load_bytes(ctx.ctx, 0, (&raw mut (*place).frame).cast(), length) != 0 {
             reserved.discard(NO_WAKEUP);

@@ -59,6 +59,7 @@ pub(super) fn start_work(plan: u32) -> Option<&'static mut Work> {
     work.arrival.hops = 0;
     work.arrival.bypassed = None;
     work.arrival.known = false;
+    work.arrival.vintage.0 = 0;
     work.arrival.ports = None;
     Some(work)
 }

@@ -29,6 +29,7 @@ pub fn phalanx_open(ctx: XdpContext) -> u32 {
                 hops: hand_off.hops,
                 bypassed: hand_off.bypassed(),
                 known: hand_off.known(),
+                vintage: hand_off.vintage(),
                 ports: match hand_off.ports() {
                     Some((source, destination)) => Some([source, destination]),
                     None => None,

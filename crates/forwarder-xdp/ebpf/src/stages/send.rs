@@ -52,7 +52,7 @@ pub fn phalanx_hand_off(ctx: XdpContext) -> u32 {
     }
     let mut geneve = HandOffHeader::new(to.hops, header.view_digest, header.cookies[0]);
     if let Some(bypassed) = self::member(work.plan, to.bypassed) {
-        geneve = geneve.bypassing(MemberId(bypassed.id)).with_known(to.known);
+        geneve = geneve.bypassing(MemberId(bypassed.id)).with_known(to.known).with_vintage(to.vintage);
     }
     if let Some([source, destination]) = to.ports {
         geneve = geneve.with_ports(source, destination);

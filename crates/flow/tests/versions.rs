@@ -5,7 +5,9 @@ use core::cmp::Ordering;
 use core::net::IpAddr;
 
 use phalanx_flow::key::{TCP, UDP};
-use phalanx_flow::{BackendId, FlowFlags, FlowKey, FlowState, Method, Record};
+use phalanx_flow::{
+    BackendId, BackendIndex, FlowEntry, FlowFlags, FlowKey, FlowState, Method, Record, Vintage,
+};
 
 const STATES: [FlowState; 4] =
     [FlowState::HalfOpen, FlowState::Established, FlowState::Closing, FlowState::Reset];
@@ -101,4 +103,44 @@ fn what_was_guessed_never_overwrites_what_a_syn_made_nor_an_earlier_guess() {
     assert_eq!(order(&made, &guess), Ordering::Greater);
     let earlier = record(TCP, true, FlowState::Closing, 10, 3, 6);
     assert_eq!(order(&earlier, &guess), Ordering::Greater);
+}
+
+/// The same as an entry.
+fn entry(record: &Record) -> FlowEntry {
+    FlowEntry {
+        birth: record.birth,
+        last_seen_ms: 0,
+        last_reported_ms: 0,
+        update: record.update,
+        backend: BackendIndex(0),
+        state: record.state as u8,
+        flags: record.flags,
+        reserved: [0; 6],
+    }
+}
+
+/// docs/design/0013-births-in-hand-offs.md. A birth counts milliseconds above 12 bits.
+#[test]
+fn the_vintage_in_a_hand_off_orders_connections_as_their_records_are_ordered() {
+    const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
+    // Also where 31 bits of milliseconds wrap. (The very millisecond of it counts as the next one.)
+    for begin in [1, 1_800_000_000_000, (1 << 31) - 5, (1 << 31) + 1] {
+        let births = [0, 1, 2, 9, 1_000, DAY_MS, 12 * DAY_MS].map(|later| (begin + later) << 12);
+        let records: Vec<Record> = [false, true]
+            .into_iter()
+            .flat_map(|recovered| {
+                let of = move |birth| record(TCP, recovered, FlowState::Established, birth, 0, 5);
+                births.into_iter().chain([0]).map(of)
+            })
+            .collect();
+        for a in &records {
+            for b in &records {
+                let replaced = Vintage::of(&entry(a)).is_replaced_by(Vintage::of(&entry(b)));
+                assert_eq!(replaced, a.is_replaced_by(b), "{a:?} {b:?}");
+            }
+        }
+    }
+    // Made in the same millisecond: one use of the tuple.
+    let [a, b] = [1, 2].map(|counter| record(TCP, false, FlowState::Established, 5 << 12 | counter, 0, 5));
+    assert!(!Vintage::of(&entry(&a)).is_replaced_by(Vintage::of(&entry(&b))));
 }

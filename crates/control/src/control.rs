@@ -498,15 +498,16 @@ impl Control {
         self.sweep_at = Some(now + SWEEP_AFTER);
     }
 
-    /// Who owns a row is the only one to know when its flows were last seen, however it goes: where the owner is another, their time
+    /// Who owns a row is the only one to know when its live flows were last seen, however it goes: where the owner is another, their time
     /// begins anew. Who is lost may have forwarded any flow, by its table or its cache, and told nobody: then the time of all does.
+    /// Of what has ended all holders hear in time; it must go in time too, whatever changes, since its tuple will be used again.
     fn count_from_now(&self, change: &TableChange) {
         let lost = change.old.table.members().iter().any(|member| !change.survivors.keeps_state(member.id));
         let other_owner = |row: &u32| lost || change.old.holders(*row)[0] != change.new.holders(*row)[0];
         let rows = RowSet::from_rows((0..change.new.row_count()).filter(other_owner));
         let mut flows = Vec::new();
         self.forwarder.visit(&rows, &mut |record| {
-            if matches!(record.state, FlowState::Established | FlowState::Closing) {
+            if record.state == FlowState::Established {
                 flows.push((record.key, 0));
             }
         });

@@ -21,6 +21,10 @@ use crate::row::Row;
 /// Only what its sender has the flow of goes back to the sender, by one hop more.
 pub const MAX_HOPS: u8 = 2;
 
+/// An owner believes its own entry of a connection that has ended for this long after the entry's last packet; then it asks the backup
+/// first: the tuple may have been used again, and the word of that be on its way. The client's last packets come within it.
+const ENDED_BELIEVED_MS: u64 = 1_000;
+
 /// How a packet came to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arrival {
@@ -349,10 +353,13 @@ impl Roles {
         if self.gives_way(entry, arrival) {
             return false;
         }
-        // An owner before us heard of the tuple's next use before we did.
-        let owns = owner == self.local.slot && self.local.leased;
-        let new = owns && self.is_new_owner(tables);
-        if !former && (entry.flow_state().is_live() || owns && !new) {
+        if !former && entry.flow_state().is_live() {
+            return true;
+        }
+        // An owner before us, or who acted for us while we could not be reached, heard of the tuple's next use before we did.
+        let owns = owner == self.local.slot;
+        let quiet = self.local.now_ms.saturating_sub(entry.last_seen_ms) > ENDED_BELIEVED_MS;
+        if !former && owns && self.local.leased && !quiet && !self.is_new_owner(tables) {
             return true;
         }
         if arrival.hops >= MAX_HOPS {
@@ -360,8 +367,8 @@ impl Roles {
         }
         let acting = self.acting_owner(tables);
         if acting.is_some() && acting != self.local.slot {
-            // Who is asked says what it has.
-            return arrival.hops > 0;
+            // Who is asked says what it has; an owner is asked by nobody, but given what is its own.
+            return arrival.hops > 0 && !owns;
         }
         !self.other_holder(tables).is_some()
     }
@@ -638,8 +645,11 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
         return;
     }
     let owns = acting == roles.local.slot && roles.local.leased;
-    pick(decision, roles, tables, service, owns, Outcome::New);
-    decision.at_once |= known.is_some() || service.replicate_syn;
+    // On its last hop it is nobody else's to record; who records it tells the holders at once, and believes them about the next packet.
+    let stray = acting.is_some() && !owns && roles.local.leased;
+    pick(decision, roles, tables, service, owns || stray, Outcome::New);
+    decision.entry.flags = decision.entry.flags.with(FlowFlags::FORMER, stray);
+    decision.at_once |= stray || known.is_some() || service.replicate_syn;
     let other = roles.holder_with_us();
     let knows_it = other != roles.local.slot && roles.usable(tables, other);
     if known.is_some() && decision.action == Action::Insert && arrival.hops < MAX_HOPS && knows_it {
@@ -828,9 +838,10 @@ fn seen(decision: &mut Decision, mut entry: FlowEntry, outcome: Outcome, roles: 
     let now_ms = roles.local.now_ms;
     entry.last_seen_ms = now_ms;
     if is_unreported(&entry, service, now_ms) {
-        // The owner knows by itself.
+        // The owner knows by itself. What has ended goes on only where a client still acknowledges, and all holders hear of that: with the
+        // owner lost they could not tell it from what nobody has used for long, whose tuple may be used again.
         entry.last_reported_ms = now_ms;
-        if roles.row.owner() != roles.local.slot {
+        if roles.row.owner() != roles.local.slot || !entry.flow_state().is_live() {
             decision.event = Some(FlowEventKind::Touched);
         }
     }

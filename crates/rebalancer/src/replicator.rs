@@ -259,7 +259,7 @@ impl Replicator {
             }
             FlowEventKind::Touched => {
                 self.settle_birth(&mut record);
-                self.touch_owner(&record);
+                self.touch(&record);
             }
             FlowEventKind::Cached if record.birth == 0 => self.counters.misplaced += 1,
             // Whose row it is knows the flow by its cache alone: now it holds it.
@@ -506,20 +506,21 @@ impl Replicator {
         (holders, caches)
     }
 
-    /// Tells the owner, under every table, that a packet was seen.
-    fn touch_owner(&mut self, record: &Record) {
+    /// Tells the owner, under every table, that a packet was seen; and its backups, of a flow that has ended.
+    fn touch(&mut self, record: &Record) {
         let Some(view) = &self.view else { return };
-        let mut owners: Vec<MemberId> = Vec::with_capacity(2);
+        let told = if record.state.is_live() { 1 } else { usize::MAX };
+        let mut holders: Vec<MemberId> = Vec::with_capacity(4);
         for ranking in view.tables() {
-            if let Some(owner) = ranking.holders(ranking.row_of(&record.key))[0]
-                && !owners.contains(&owner)
-            {
-                owners.push(owner);
+            for holder in ranking.holders(ranking.row_of(&record.key)).into_iter().take(told).flatten() {
+                if holder != self.config.local && !holders.contains(&holder) {
+                    holders.push(holder);
+                }
             }
         }
         let (key, birth, idle_ms) = (record.key, record.birth, record.idle_ms);
-        for owner in owners {
-            self.push(owner, Item::Touch { key, birth, idle_ms });
+        for holder in holders {
+            self.push(holder, Item::Touch { key, birth, idle_ms });
         }
     }
 

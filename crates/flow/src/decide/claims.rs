@@ -437,6 +437,75 @@ fn a_new_owner_asks_before_it_believes_that_a_connection_has_ended() {
     }
 }
 
+/// While others held it to be lost for a moment, its backup recorded the tuple's next use, and could not tell it.
+#[test]
+fn an_owner_asks_about_a_connection_that_ended_and_was_quiet_since() {
+    let ended = |quiet_ms: u64| {
+        let entry = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });
+        entry.map(|entry| FlowEntry { last_seen_ms: NOW_MS - quiet_ms, ..entry })
+    };
+    let owner = World { flow: made(ended(1_001), 60_000), ..World::of(OWNER) };
+    let (to, arrival) = handed_on(&owner.decide(Arrival::WIRE, DATA));
+    assert_eq!((to, arrival.known), (BACKUP, true));
+    let again = recorded().map(|entry| FlowEntry { backend: CONSISTENT, ..entry });
+    let backup = World { flow: made(again, 10), ..World::of(BACKUP) };
+    assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(CONSISTENT));
+    // Who has nothing else to say leaves it to the owner.
+    let (_, back) = handed_on(&World::of(BACKUP).decide(arrival, DATA));
+    let last = owner.decide(back, DATA);
+    assert_eq!((last.verdict, last.entry.last_seen_ms), (Verdict::Forward(RECORDED), NOW_MS));
+    // The twins: a packet of it came a moment ago, and there is nobody to ask.
+    let busy = World { flow: made(ended(1_000), 60_000), ..World::of(OWNER) }.decide(Arrival::WIRE, DATA);
+    assert_eq!(busy.verdict, Verdict::Forward(RECORDED));
+    let alone = World { suspect: Some(BACKUP), ..owner };
+    assert_eq!(alone.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+/// Its daemon has just come back over pinned tables, and others send it what is its own before it has a lease.
+#[test]
+fn an_owner_without_a_lease_is_asked_by_nobody_and_asks_itself() {
+    let owner = World { flow: made(former(FlowState::Closing), 60_000), leased: false, ..World::of(OWNER) };
+    let handed = Arrival { hops: 1, ..Arrival::WIRE };
+    let (to, arrival) = handed_on(&owner.decide(handed, DATA));
+    assert_eq!((to, arrival.known, arrival.hops), (BACKUP, true, 2));
+    let again = recorded().map(|entry| FlowEntry { backend: CONSISTENT, ..entry });
+    let backup = World { flow: made(again, 10), ..World::of(BACKUP) };
+    assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(CONSISTENT));
+    let (to, back) = handed_on(&World::of(BACKUP).decide(arrival, DATA));
+    assert_eq!((to, back.hops), (OWNER, 3));
+    assert_eq!(owner.decide(back, DATA).verdict, Verdict::Forward(RECORDED));
+    // The twin: whoever does not own it was asked what it has.
+    let asked = World { flow: made(former(FlowState::Closing), 60_000), ..World::of(THIRD) };
+    assert_eq!(asked.decide(handed, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+/// Members whose views differ handed it on as often as may be: nobody else will record it, and the client's next packet needs it.
+#[test]
+fn a_syn_on_its_last_hop_is_recorded_where_it_is_and_told_at_once() {
+    let last = Arrival { hops: MAX_HOPS, ..Arrival::WIRE };
+    for slot in [BACKUP, THIRD] {
+        let new = World::of(slot).decide(last, tcp_flags::SYN);
+        assert_eq!((new.verdict, new.action), (Verdict::Forward(CONSISTENT), Action::Insert));
+        assert_eq!((new.event, new.at_once), (Some(FlowEventKind::New), true));
+        // The owner may have been told of a later one, and is asked.
+        let world = World { flow: Some(new.entry), ..World::of(slot) };
+        let (to, arrival) = handed_on(&world.decide(Arrival::WIRE, DATA));
+        assert_eq!((to, arrival.known), (OWNER, true));
+        let (to, back) = handed_on(&World { leased: false, ..World::of(OWNER) }.decide(arrival, DATA));
+        assert_eq!((to, world.decide(back, DATA).verdict), (slot, Verdict::Forward(CONSISTENT)));
+    }
+    // The twins: the owner's own is no guest, a hop is left, and without a lease nothing is recorded.
+    let own = World::of(OWNER).decide(last, tcp_flags::SYN);
+    assert_eq!(
+        (own.action, own.entry.flags.has(FlowFlags::FORMER), own.at_once),
+        (Action::Insert, false, false)
+    );
+    let early = World::of(THIRD).decide(Arrival { hops: 1, ..Arrival::WIRE }, tcp_flags::SYN);
+    assert_eq!((handed_to(&early), early.action), (Some(OWNER), Action::Keep));
+    let unleased = World { leased: false, ..World::of(THIRD) }.decide(last, tcp_flags::SYN);
+    assert_eq!((unleased.verdict, unleased.action), (Verdict::Drop(DropReason::NotJoined), Action::Keep));
+}
+
 #[test]
 fn an_owner_that_doubts_asks_for_packets_that_were_handed_to_it_too() {
     const OTHER: BackendIndex = BackendIndex(5);
@@ -529,6 +598,16 @@ fn who_forwards_for_the_owner_says_so_after_a_quarter_of_the_time_it_would_be_fo
     assert_eq!(after(FlowState::Established, 15_001), Some(FlowEventKind::Touched));
     assert_eq!(after(FlowState::Closing, 1_500), None);
     assert_eq!(after(FlowState::Closing, 1_501), Some(FlowEventKind::Touched));
+    // The owner says it of what has ended, for its backup to know.
+    let closing = |unreported_ms: u64| {
+        let entry = recorded().map(|entry| FlowEntry {
+            state: FlowState::Closing as u8,
+            last_reported_ms: NOW_MS - unreported_ms,
+            ..entry
+        });
+        World { flow: entry, ..World::of(OWNER) }.decide_on(Arrival::WIRE, tcp_flags::ACK, b"").event
+    };
+    assert_eq!([closing(1_500), closing(1_501)], [None, Some(FlowEventKind::Touched)]);
     // The twin: the owner knows.
     let owner = World {
         flow: recorded().map(|entry| FlowEntry { last_reported_ms: 0, ..entry }),

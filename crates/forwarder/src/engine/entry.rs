@@ -11,6 +11,10 @@ use crate::plan::PlanService;
 /// How long a flow is kept after its last packet when its service has gone from the configuration.
 const ORPHAN_LIFE: Duration = Duration::from_secs(60);
 
+/// How long a report that a flow lives is on its way at the most. Whoever forwards what has ended says so to all its holders each quarter of
+/// the linger, so that each knows its last packet as well as that, whoever is lost.
+const LATE_REPORT: Duration = Duration::from_secs(1);
+
 /// The entry of a record whose backend has the position `backend`.
 pub fn entry_of(record: &Record, backend: BackendIndex, now_ms: u64) -> FlowEntry {
     let seen_ms = now_ms.saturating_sub(u64::from(record.idle_ms));
@@ -71,7 +75,7 @@ fn life_in(service: &PlanService, state: FlowState) -> Duration {
     match state {
         FlowState::HalfOpen => service.half_open,
         FlowState::Established => service.idle,
-        FlowState::Closing => service.linger,
+        FlowState::Closing => service.linger + service.linger / 4 + LATE_REPORT,
         FlowState::Reset => service.reset_linger,
     }
 }

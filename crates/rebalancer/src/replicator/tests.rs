@@ -409,6 +409,33 @@ fn touches_reach_the_owner_with_their_age() {
     assert_eq!(world.record(1, n).unwrap().idle_ms, 7_000);
 }
 
+/// The backup must know what the owner sees: once it owns the flow itself, it could not tell it from one that nobody has used for long.
+#[test]
+fn touches_of_what_has_ended_reach_the_backup_too_and_those_of_what_lives_do_not() {
+    for state in [FlowState::Closing, FlowState::Established] {
+        let mut world = World::new(&[1, 2, 3]);
+        let n = world.flow_of(1, 2);
+        world.open(n, 1);
+        world.settle();
+        world.change(1, n, state);
+        world.settle();
+        world.advance(SECOND * 10);
+        world.packet(1, n);
+        let seen = world.record(1, n).unwrap();
+        assert_eq!(seen.state, state);
+        world.event(1, FlowEventKind::Touched, false, seen);
+        world.settle();
+        let expected = if state == FlowState::Closing { 0 } else { 10_000 };
+        assert_eq!(world.record(2, n).unwrap().idle_ms, expected, "{state:?} at the backup");
+        // Whoever else forwards it tells both.
+        world.advance(SECOND * 10);
+        world.event(3, FlowEventKind::Touched, false, seen);
+        world.settle();
+        let idle = [1, 2].map(|id| world.record(id, n).unwrap().idle_ms);
+        assert_eq!(idle, [0, if state == FlowState::Closing { 0 } else { expected + 10_000 }], "{state:?}");
+    }
+}
+
 #[test]
 fn a_packet_that_comes_while_the_backup_is_asked_keeps_the_flow() {
     let mut world = World::new(&[1, 2]);

@@ -77,7 +77,9 @@ fn where_a_member_is_lost_the_idle_times_of_all_flows_begin_anew() {
     site.see(&[1, 2, 3], &[], 1, None);
     site.open_long_ago();
     let half_open = Record { state: FlowState::HalfOpen, idle_ms: 8_000, ..record(FLOWS) };
-    site.forwarder(1).upsert(&[half_open]);
+    // What has ended goes in time, whoever is lost: all its holders hear of its packets.
+    let ended = Record { state: FlowState::Closing, idle_ms: 9_000, ..record(FLOWS + 1) };
+    site.forwarder(1).upsert(&[half_open, ended]);
     // The twin: another view of the same members.
     site.see(&[1, 2, 3], &[], 2, None);
     let begun_anew = |site: &Site| {
@@ -97,6 +99,7 @@ fn where_a_member_is_lost_the_idle_times_of_all_flows_begin_anew() {
         Some(8_000),
         "who waits for an answer to a SYN has been given no time"
     );
+    assert_eq!(site.idle_ms(1, FLOWS + 1), Some(9_000), "nor has what has ended");
 }
 
 #[test]

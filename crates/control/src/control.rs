@@ -248,7 +248,8 @@ impl Control {
         let settled = !self.transferring && self.everybody_switched();
         let dropped = self.view.pending.is_some() && view.pending != self.view.pending;
         let planned_before = self.planner.pending();
-        self.view = Arc::clone(&view);
+        let suspected = std::mem::replace(&mut self.view, Arc::clone(&view));
+        let suspected = suspects(&suspected);
         let resumed = self.resumed.take();
         let own = view.get(self.settings.local);
         if resumed.is_some_and(|boot| own.is_some_and(|own| own.boot != boot)) {
@@ -271,6 +272,12 @@ impl Control {
         }
         if change.as_ref().is_some_and(|change| change.departed) {
             self.traffic.begin();
+        }
+        let lost = change.as_ref().is_some_and(loses_members);
+        let still = suspects(&view);
+        if lost || !still.is_empty() {
+            let newly = !still.is_subset(&suspected) || lost && suspected.is_empty();
+            self.planner.note_missing(now, newly);
         }
         if digest_changed || change.is_some() {
             self.view_changes += 1;
@@ -476,7 +483,7 @@ impl Control {
             previous: self.planner.previous().map(|table| table as Arc<dyn Ranking>).collect(),
             pending: self.planner.pending().map(|table| table as Arc<dyn Ranking>),
             live: of(&|_| true),
-            suspects: of(&|member| member.liveness != Liveness::Alive),
+            suspects: suspects(&self.view),
             caches: of(&|member| member.metadata.cache),
             policy: self.settings.policy,
             enabled: self.settings.replication,
@@ -502,7 +509,7 @@ impl Control {
     /// begins anew. Who is lost may have forwarded any flow, by its table or its cache, and told nobody: then the time of all does.
     /// Of what has ended all holders hear in time; it must go in time too, whatever changes, since its tuple will be used again.
     fn count_from_now(&self, change: &TableChange) {
-        let lost = change.old.table.members().iter().any(|member| !change.survivors.keeps_state(member.id));
+        let lost = loses_members(change);
         let other_owner = |row: &u32| lost || change.old.holders(*row)[0] != change.new.holders(*row)[0];
         let rows = RowSet::from_rows((0..change.new.row_count()).filter(other_owner));
         let mut flows = Vec::new();
@@ -951,6 +958,16 @@ pub fn forget_flows(forwarder: &dyn Forwarder) {
         forwarder.remove(&key, 0, Duration::ZERO);
     }
     forwarder.flush_cache();
+}
+
+/// Whom the view suspects.
+fn suspects(view: &View) -> BTreeSet<MemberId> {
+    view.members.iter().filter(|member| member.liveness != Liveness::Alive).map(|member| member.id).collect()
+}
+
+/// Whether members have gone with what they held.
+fn loses_members(change: &TableChange) -> bool {
+    change.old.table.members().iter().any(|member| !change.survivors.keeps_state(member.id))
 }
 
 fn longest_linger(planner: &Planner) -> Duration {

@@ -1,6 +1,6 @@
 //! From views, configuration and health to the [`Plan`] in force.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::Hasher as _;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -236,12 +236,27 @@ impl Past {
 /// Earlier tables that still count, at most: a cluster that changes faster than its windows close forgets the oldest.
 const MAX_PAST: usize = 4;
 
+/// Before a member is suspected it was last heard this long ago, and may not have heard of a change of backends that was made as long before.
+const LAST_HEARD: Duration = Duration::from_secs(1);
+
+/// Changes of a service's backends that are remembered, at most.
+const MAX_FORMER_SLOTS: usize = 8;
+
 struct ServicePlan {
     config: Service,
     table: Arc<BackendTable>,
     slots: Arc<[BackendIndex]>,
+    /// What `slots` was, and until when, oldest first: for as long as a member may have been lost that went by it.
+    former_slots: VecDeque<(Arc<[BackendIndex]>, Instant)>,
     unsettled: Option<(Arc<SlotSet>, Instant)>,
     failed: Vec<BackendId>,
+}
+
+impl ServicePlan {
+    /// The slots at a time, if they have changed since.
+    fn slots_at(&self, time: Instant) -> Option<&Arc<[BackendIndex]>> {
+        self.former_slots.iter().find(|(_, until)| *until > time).map(|(slots, _)| slots)
+    }
 }
 
 /// Builds plans. See the module's doc.
@@ -258,6 +273,8 @@ pub struct Planner {
     past: Vec<Past>,
     pending: Option<Pending>,
     lost: Lost,
+    /// When the member that was suspected or lost last was last heard, and until when that counts.
+    last_heard: Option<(Instant, Instant)>,
     met: Option<Met>,
     boots: BTreeMap<MemberId, u64>,
     view_digest: u64,
@@ -288,6 +305,7 @@ impl Planner {
             past: Vec::new(),
             pending: None,
             lost: Lost::default(),
+            last_heard: None,
             met: None,
             boots: BTreeMap::new(),
             view_digest: 0,
@@ -617,6 +635,7 @@ impl Planner {
                         config: config.clone(),
                         table: Arc::new(table),
                         slots,
+                        former_slots: VecDeque::new(),
                         unsettled: None,
                         failed: Vec::new(),
                     }
@@ -670,7 +689,14 @@ impl Planner {
         };
         let plan = &mut self.services[service];
         plan.table = table;
-        plan.slots = slots;
+        let former = std::mem::replace(&mut plan.slots, slots);
+        // A table without backends says nothing.
+        if former.first().is_some_and(|backend| *backend != BackendIndex::NONE) {
+            plan.former_slots.push_back((former, now));
+        }
+        if plan.former_slots.len() > MAX_FORMER_SLOTS {
+            plan.former_slots.pop_front();
+        }
         let mut unsettled = SlotSet::clone(&changed);
         if let Some((still, until)) = &plan.unsettled
             && *until > now
@@ -690,10 +716,30 @@ impl Planner {
         changes
     }
 
-    /// Forgets unsettled slots whose time is over; whether there were any.
+    /// Members are suspected, or lost; `newly`: one of them was not before.
+    ///
+    /// For [`UNSETTLED`] from `now` what nobody knows goes by the backends of the time when that one was last heard
+    /// ([`PlanService::earlier`]): what it forwarded and told nobody, it forwarded by those.
+    pub fn note_missing(&mut self, now: Instant, newly: bool) {
+        let last_heard = match self.last_heard {
+            Some((at, _)) if !newly => at,
+            _ => now.checked_sub(LAST_HEARD).unwrap_or(now),
+        };
+        self.last_heard = Some((last_heard, now + UNSETTLED));
+    }
+
+    /// Forgets unsettled slots and what they were before whose time is over; whether that changes the plan.
     pub fn settle(&mut self, now: Instant) -> bool {
         let mut settled = false;
+        if self.last_heard.is_some_and(|(_, until)| until <= now) {
+            self.last_heard = None;
+            settled = true;
+        }
+        let counts_from = self.last_heard.map(|(at, _)| at);
         for plan in &mut self.services {
+            plan.former_slots.retain(|(_, until)| {
+                *until + LAST_HEARD > now || counts_from.is_some_and(|from| *until > from)
+            });
             if plan.unsettled.as_ref().is_some_and(|(_, until)| *until <= now) {
                 plan.unsettled = None;
                 settled = true;
@@ -786,6 +832,7 @@ impl Planner {
             port: config.port,
             protocol: config.protocol,
             slots: Arc::clone(&plan.slots),
+            earlier: self.last_heard.and_then(|(at, _)| plan.slots_at(at)).map(Arc::clone),
             unsettled: plan.unsettled.as_ref().map(|(set, _)| Arc::clone(set)),
             failed: plan.failed.iter().filter_map(|id| self.backend_indexes.get(id).copied()).collect(),
             idle: config.idle,

@@ -84,6 +84,15 @@ pub struct Service {
     pub resets: bool,
 }
 
+/// Which connections the consistent table is asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Began {
+    /// With this packet.
+    Now,
+    /// Before, and nobody knows it any more: what a member knew that is lost. The table as it was when that member was last heard.
+    Earlier,
+}
+
 /// What the consistent table says of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
@@ -121,7 +130,7 @@ pub trait Tables {
     /// Whether flows of this service at this backend are to be reset; asked only if [`Service::resets`].
     fn has_failed(&self, service: u32, backend: BackendIndex) -> bool;
     /// The consistent table of a service.
-    fn consistent(&self, service: u32, slot: u16) -> Choice;
+    fn consistent(&self, service: u32, slot: u16, began: Began) -> Choice;
     /// The ports of a fragmented packet, by [`Packet::fragment_key`].
     fn fragment_ports(&self, key: &FlowKey) -> Option<[[u8; 2]; 2]>;
 }
@@ -809,7 +818,9 @@ fn pick<T: Tables>(
         return;
     }
     #[expect(clippy::cast_possible_truncation, reason = "the slot is the low 16 bits of the hash")]
-    let choice = tables.consistent(service.index, decision.hash as u16);
+    let slot = decision.hash as u16;
+    let began = if matches!(outcome, Outcome::New) { Began::Now } else { Began::Earlier };
+    let choice = tables.consistent(service.index, slot, began);
     if choice.backend == BackendIndex::NONE {
         decision.verdict = Verdict::Drop(DropReason::NoBackend);
         decision.outcome = Outcome::Dropped;

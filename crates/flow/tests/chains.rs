@@ -11,7 +11,7 @@
 )]
 
 use phalanx_flow::decide::{
-    Action, Choice, DropReason, Local, MAX_HOPS, Service, ServiceMatch, Tables, Verdict, decide,
+    Action, Began, Choice, DropReason, Local, MAX_HOPS, Service, ServiceMatch, Tables, Verdict, decide,
 };
 use phalanx_flow::member::Liveness;
 use phalanx_flow::packet::{Fragment, Packet, PacketKind, tcp_flags};
@@ -95,7 +95,7 @@ impl Tables for Member {
     fn cached(&self, key: &FlowKey) -> Option<FlowEntry> {
         self.cached.filter(|(known, _)| known == key).map(|(_, entry)| entry)
     }
-    fn consistent(&self, _: u32, _: u16) -> Choice {
+    fn consistent(&self, _: u32, _: u16, _: Began) -> Choice {
         Choice { backend: self.consistent, unsettled: false }
     }
     fn fragment_ports(&self, _: &FlowKey) -> Option<[[u8; 2]; 2]> {

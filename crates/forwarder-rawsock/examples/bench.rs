@@ -321,6 +321,7 @@ fn start_forwarder(path: &Path) -> Result<RawsockForwarder> {
             port: PORT,
             protocol: 17,
             slots: vec![BackendIndex(0); SLOTS].into(),
+            earlier: None,
             unsettled: None,
             failed: [].into(),
             idle: life,

@@ -9,7 +9,7 @@ use phalanx_flow::key::{mapped, unmapped};
 use phalanx_flow::{FlowEntry, FlowKey};
 
 /// Version of these layouts.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 /// Plans that exist at once: the one in force and the one being written.
 pub const PLANS: u32 = 2;
@@ -155,6 +155,8 @@ const _: () = assert!(size_of::<ServiceKey>() == 20);
 pub struct ServiceValue {
     /// Block of its slots.
     pub block: u32,
+    /// Block of its slots as they were when a member was last heard that may have been lost since; the same if they have not changed.
+    pub earlier: u32,
     /// Idle timeout in milliseconds.
     pub idle_ms: u32,
     /// How long a closing flow is kept after its last packet, in milliseconds.
@@ -180,14 +182,22 @@ pub struct FrontService {
     pub value: ServiceValue,
 }
 
-const _: () = assert!(size_of::<FrontService>() == 44);
+const _: () = assert!(size_of::<FrontService>() == 48);
 
 impl FrontService {
     /// Nobody's: there are two plans only.
     pub const EMPTY: Self = Self {
         address: [0; 16],
         rest: [0, 0, 0, u8::MAX],
-        value: ServiceValue { block: 0, idle_ms: 0, linger_ms: 0, index: 0, replicate_syn: 0, resets: 0 },
+        value: ServiceValue {
+            block: 0,
+            earlier: 0,
+            idle_ms: 0,
+            linger_ms: 0,
+            index: 0,
+            replicate_syn: 0,
+            resets: 0,
+        },
     };
 }
 

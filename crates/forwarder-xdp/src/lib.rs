@@ -56,7 +56,7 @@ use run::run;
 use scan::{Counted, Scan};
 use writer::{Names, Site, Writer};
 
-/// Blocks of the table of slots beyond those of twice the services at the start: room for services that a reload adds.
+/// Blocks of the table of slots beyond those of three times the services at the start (in force, as it was earlier, and next): room for services that a reload adds.
 const SPARE_SLOT_BLOCKS: u32 = 8;
 
 const _: () = assert!(
@@ -157,7 +157,7 @@ impl XdpForwarder {
         if config.interfaces.len() > abi::MAX_MACS {
             return Err(StartError::TooManyInterfaces(config.interfaces.len()));
         }
-        let slot_blocks = plan.services.len() as u32 * 2 + SPARE_SLOT_BLOCKS;
+        let slot_blocks = plan.services.len() as u32 * 3 + SPARE_SLOT_BLOCKS;
         let engine = Arc::new(Engine::new(plan, config.limits)?);
         let claimed = config.pins.as_deref().map(pins::claim).transpose()?;
         let (lock, linked) = claimed.map_or((None, false), |(lock, linked)| (Some(lock), linked));

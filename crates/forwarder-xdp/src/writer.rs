@@ -119,7 +119,7 @@ impl Writer {
         maps.services.each(&mut |key, value| {
             writer.services[usize::from(key.plan & 1)].push(*key);
             if u32::from(key.plan) == writer.active && value.block < maps.slot_blocks {
-                writer.slots_in_force.push(value.block);
+                writer.slots_in_force.extend([value.block, value.earlier]);
             }
         })?;
         maps.failed.each(&mut |key, _| writer.failed[(key.plan & 1) as usize].push(*key))?;
@@ -323,12 +323,17 @@ impl Writer {
         for key in std::mem::take(&mut self.failed[next as usize]) {
             maps.failed.delete(&key).map_err(refused("FAILED"))?;
         }
-        let mut blocks = Vec::with_capacity(plan.services.len());
+        let mut blocks = Vec::with_capacity(2 * plan.services.len());
         let mut front = vec![FrontService::EMPTY; FRONT as usize];
         for (index, service) in (0_u32..).zip(&plan.services) {
             let block =
                 self.slots_block(maps, &service.slots, service.unsettled.as_ref(), numbers, &blocks)?;
             blocks.push(block);
+            let earlier = match &service.earlier {
+                Some(slots) => self.slots_block(maps, slots, None, numbers, &blocks)?,
+                None => block,
+            };
+            blocks.push(earlier);
             let (address, _) = octets(service.address);
             let key = ServiceKey {
                 address,
@@ -338,6 +343,7 @@ impl Writer {
             };
             let value = ServiceValue {
                 block,
+                earlier,
                 idle_ms: u32::try_from(service.idle.as_millis()).unwrap_or(u32::MAX),
                 linger_ms: u32::try_from(service.linger.as_millis()).unwrap_or(u32::MAX),
                 index,

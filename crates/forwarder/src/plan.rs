@@ -74,6 +74,9 @@ pub struct PlanService {
     pub protocol: u8,
     /// Slot → backend; [`SLOTS`] entries.
     pub slots: Arc<[BackendIndex]>,
+    /// What `slots` was when a member was last heard that may have been lost since, if it has changed: by this goes what nobody knows any
+    /// more.
+    pub earlier: Option<Arc<[BackendIndex]>>,
     /// Slots that change or changed just now; flows recorded in them are replicated at once.
     pub unsettled: Option<Arc<SlotSet>>,
     /// Backends that have failed and whose TCP flows are to be reset (`on_failure = "reset"`); few, in no order.

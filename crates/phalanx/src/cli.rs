@@ -119,6 +119,7 @@ pub fn main() -> ExitCode {
 
 /// Starts the daemon. A configuration with mistakes, or a machine that does not allow raw sockets, ends it at once with status 2.
 fn run(file: &Path, bpf_object: Option<PathBuf>) -> ExitCode {
+    daemon::hold_reloads();
     let mut config = match Config::load(file) {
         Ok(config) => config,
         Err(errors) => return refuse(&errors),

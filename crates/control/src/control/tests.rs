@@ -23,6 +23,7 @@ use crate::planner::Fixed;
 mod aging;
 mod cached;
 mod doubts;
+mod missing;
 
 const FLOWS: u16 = 60;
 /// What a member's flow table takes.

@@ -306,6 +306,46 @@ fn slots_that_change_are_unsettled_for_a_while_and_no_others() {
 }
 
 #[test]
+fn what_slots_were_when_a_member_was_last_heard_counts_for_a_while_after_it_is_missing() {
+    let begun = start() + Duration::from_secs(100);
+    let after = |milliseconds| begun + Duration::from_millis(milliseconds);
+    let mut planner = settled();
+    let two = service(&[1, 2]);
+    planner.set_services(std::slice::from_ref(&two));
+    planner.set_usable(0, &ranked(&two), after(0));
+    let before = planner.plan().services[0].slots.clone();
+    // Which slots count: none but those in force, those from before, or others.
+    let earlier = |planner: &Planner| {
+        let earlier = planner.plan().services[0].earlier.clone();
+        earlier.map(|slots| if slots == before { "before" } else { "others" })
+    };
+    // A service that has just got its first backends had no others, whoever is missing.
+    planner.note_missing(after(500), true);
+    assert_eq!(earlier(&planner), None);
+    assert!(planner.settle(after(20_000)));
+
+    // Backends change before the member is found missing, but after it was last heard; and again after.
+    let one = service(&[2]);
+    planner.set_usable(0, &ranked(&one), after(99_500));
+    assert_eq!(earlier(&planner), None, "nobody is missing");
+    planner.note_missing(after(100_000), true);
+    assert_eq!(earlier(&planner), Some("before"));
+    planner.set_usable(0, &ranked(&two), after(101_000));
+    planner.note_missing(after(104_000), false);
+    assert_eq!(earlier(&planner), Some("before"), "it is still the same one");
+    let _ = planner.settle(after(113_000));
+    assert_eq!(earlier(&planner), Some("before"), "its time counts from when it was missing last");
+    // Another one, which was heard after the first change.
+    planner.note_missing(after(101_500), true);
+    assert_eq!(earlier(&planner), Some("others"));
+    assert!(planner.settle(after(111_500)));
+    assert_eq!(earlier(&planner), None);
+    // The twin: what had changed long before.
+    planner.note_missing(after(200_000), true);
+    assert_eq!(earlier(&planner), None);
+}
+
+#[test]
 fn backends_keep_their_position_whoever_comes_or_goes() {
     let mut planner = settled();
     let now = start();

@@ -26,6 +26,8 @@ pub(super) struct World {
     pub(super) pair: bool,
     /// The row before, while the handover window is open.
     pub(super) previous: Option<[MemberSlot; 3]>,
+    /// What the consistent table gave before a member was lost.
+    pub(super) earlier: Option<BackendIndex>,
 }
 
 pub(super) const NOW_MS: u64 = 100_000;
@@ -42,6 +44,7 @@ impl World {
             leased: true,
             pair: false,
             previous: None,
+            earlier: None,
         }
     }
 
@@ -94,8 +97,9 @@ impl Tables for World {
     fn has_failed(&self, _: u32, backend: BackendIndex) -> bool {
         self.failed == Some(backend)
     }
-    fn consistent(&self, _: u32, _: u16) -> Choice {
-        Choice { backend: CONSISTENT, unsettled: false }
+    fn consistent(&self, _: u32, _: u16, began: Began) -> Choice {
+        let earlier = self.earlier.filter(|_| began == Began::Earlier);
+        Choice { backend: earlier.unwrap_or(CONSISTENT), unsettled: false }
     }
     fn fragment_ports(&self, _: &FlowKey) -> Option<[[u8; 2]; 2]> {
         None
@@ -477,6 +481,18 @@ fn an_owner_without_a_lease_is_asked_by_nobody_and_asks_itself() {
     // The twin: whoever does not own it was asked what it has.
     let asked = World { flow: made(former(FlowState::Closing), 60_000), ..World::of(THIRD) };
     assert_eq!(asked.decide(handed, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+/// A member was lost, and backends have changed since; or it had not heard of the change.
+#[test]
+fn what_nobody_knows_any_more_goes_where_the_consistent_table_pointed_when_a_member_was_last_heard() {
+    let owner = World { earlier: Some(RECORDED), ..World::of(OWNER) };
+    let last = Arrival { hops: MAX_HOPS, ..Arrival::WIRE };
+    let recovered = owner.decide(last, DATA);
+    assert_eq!((recovered.outcome, recovered.verdict), (Outcome::Recovered, Verdict::Forward(RECORDED)));
+    assert_eq!(recovered.entry.backend, RECORDED);
+    // The twin: what begins now.
+    assert_eq!(owner.decide(last, tcp_flags::SYN).verdict, Verdict::Forward(CONSISTENT));
 }
 
 /// Members whose views differ handed it on as often as may be: nobody else will record it, and the client's next packet needs it.

@@ -2,7 +2,7 @@
 //!
 //! Each says the same as the whole, or nothing; then the whole is asked.
 
-use super::{ServiceMatch, Tables, advance, is_unreported, picked};
+use super::{Began, ServiceMatch, Tables, advance, is_unreported, picked};
 use crate::entry::{BackendIndex, FlowEntry, FlowFlags, FlowState};
 use crate::hash::flow_hash;
 use crate::packet::{Fragment, Packet, PacketKind};
@@ -80,7 +80,7 @@ pub fn new_flow<T: Tables>(packet: &Packet, tables: &T) -> Option<NewFlow> {
         return None;
     }
     #[expect(clippy::cast_possible_truncation, reason = "the slot is the low 16 bits of the hash")]
-    let choice = tables.consistent(service.index, hash as u16);
+    let choice = tables.consistent(service.index, hash as u16, Began::Now);
     if choice.backend == BackendIndex::NONE {
         return None;
     }

@@ -4,7 +4,7 @@ use core::arch::asm;
 use core::cell::Cell;
 
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
-use phalanx_flow::decide::{Choice, Local, Service, ServiceMatch, Tables};
+use phalanx_flow::decide::{Began, Choice, Local, Service, ServiceMatch, Tables};
 use phalanx_flow::hash::RowFunction;
 use phalanx_flow::member::Liveness;
 use phalanx_flow::{BackendIndex, FlowEntry, FlowKey, FlowSeed, MemberId, MemberSlot, Row, flow_hash};
@@ -37,6 +37,7 @@ pub(crate) struct View<const FAST: bool> {
     /// The packet's key, with `FAST`; else keys are read where they lie, in a map.
     words: [u64; 5],
     block: Cell<u32>,
+    earlier: Cell<u32>,
     /// The entry that was found, so that it can be written in place.
     pub(crate) found: Cell<Option<*mut FlowEntry>>,
     pub(crate) place: Cell<Place>,
@@ -139,6 +140,7 @@ impl<const FAST: bool> View<FAST> {
             now_ms,
             words,
             block: Cell::new(NO_BLOCK),
+            earlier: Cell::new(NO_BLOCK),
             found: Cell::new(None),
             place: Cell::new(Place::Nowhere),
         }
@@ -170,6 +172,7 @@ impl<const FAST: bool> View<FAST> {
     #[inline(always)]
     fn found_service(&self, value: &ServiceValue) -> ServiceMatch {
         self.block.set(value.block);
+        self.earlier.set(value.earlier);
         ServiceMatch::Service(Service {
             index: value.index,
             idle_ms: value.idle_ms,
@@ -320,9 +323,10 @@ impl<const FAST: bool> Tables for View<FAST> {
     }
 
     #[inline(always)]
-    fn consistent(&self, _service: u32, slot: u16) -> Choice {
+    fn consistent(&self, _service: u32, slot: u16, began: Began) -> Choice {
         // The block is that of the service that was found last, which is the one meant.
-        let at = self.block.get().wrapping_mul(SLOTS).wrapping_add(u32::from(slot));
+        let block = if matches!(began, Began::Now) { self.block.get() } else { self.earlier.get() };
+        let at = block.wrapping_mul(SLOTS).wrapping_add(u32::from(slot));
         match SLOT_TABLE.get(at) {
             Some(&value) if value | UNSETTLED != u32::MAX => {
                 Choice { backend: BackendIndex(value & !UNSETTLED), unsettled: value & UNSETTLED != 0 }

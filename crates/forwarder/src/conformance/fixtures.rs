@@ -123,6 +123,7 @@ pub fn play(case: &Case, start: &mut Start<'_>) -> Case {
             "suspect" => world.liveness.extend(ids().into_iter().map(|id| (id, Liveness::Suspect))),
             "down" => world.liveness.extend(ids().into_iter().map(|id| (id, Liveness::Down))),
             "backend" => world.backend = value.parse().expect("a backend"),
+            "earlier" => world.earlier = Some(value.parse().expect("a backend")),
             "failed" => world.failed = Some(value.parse().expect("a backend")),
             "mtu" => world.mtu = value.parse().expect("an MTU"),
             "unsettled" => world.unsettled = true,

@@ -34,6 +34,8 @@ pub struct World {
     pub liveness: Vec<(u32, Liveness)>,
     /// The consistent table's backend in every slot.
     pub backend: u32,
+    /// What that was in every slot before a member was lost.
+    pub earlier: Option<u32>,
     /// Every slot changes just now.
     pub unsettled: bool,
     /// A backend that has failed and whose flows are reset.
@@ -55,6 +57,7 @@ impl Default for World {
             previous: None,
             liveness: Vec::new(),
             backend: 0,
+            earlier: None,
             unsettled: false,
             failed: None,
             replicate_syn: false,
@@ -120,6 +123,7 @@ impl World {
             port,
             protocol,
             slots: slots(self.backend),
+            earlier: self.earlier.map(slots),
             unsettled: self.unsettled.then(|| Arc::new(SlotSet::new(0..=u16::MAX))),
             failed: self.failed.map(BackendIndex).into_iter().collect(),
             idle: Duration::from_secs(60),

@@ -21,7 +21,8 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, Guard};
 use hashbrown::HashMap;
 use phalanx_flow::decide::{
-    Action, Choice, Decision, HandOff, Local, OUTCOMES, Outcome, Service, ServiceMatch, Tables, decide_into,
+    Action, Began, Choice, Decision, HandOff, Local, OUTCOMES, Outcome, Service, ServiceMatch, Tables,
+    decide_into,
 };
 use phalanx_flow::member::Liveness;
 use phalanx_flow::packet::Packet;
@@ -83,7 +84,12 @@ impl CompiledPlan {
         if plan.previous.as_ref().is_some_and(|previous| previous.len() != plan.rows.len()) {
             return wrong("the previous table has another number of rows than the current one");
         }
-        if plan.services.iter().any(|service| service.slots.len() != crate::plan::SLOTS) {
+        let tables = plan
+            .services
+            .iter()
+            .flat_map(|service| [Some(&service.slots), service.earlier.as_ref()])
+            .flatten();
+        if tables.into_iter().any(|slots| slots.len() != crate::plan::SLOTS) {
             return wrong("a service has not one backend a slot");
         }
         let local_address = phalanx_flow::key::octets(local.address);
@@ -329,12 +335,16 @@ impl Tables for View<'_, '_> {
         self.plan().service(service).is_some_and(|service| service.failed.contains(&backend))
     }
 
-    fn consistent(&self, service: u32, slot: u16) -> Choice {
+    fn consistent(&self, service: u32, slot: u16, began: Began) -> Choice {
         let Some(service) = self.plan().service(service) else {
             return Choice { backend: BackendIndex::NONE, unsettled: false };
         };
+        let slots = match (began, &service.earlier) {
+            (Began::Earlier, Some(earlier)) => earlier,
+            _ => &service.slots,
+        };
         Choice {
-            backend: service.slots.get(usize::from(slot)).copied().unwrap_or(BackendIndex::NONE),
+            backend: slots.get(usize::from(slot)).copied().unwrap_or(BackendIndex::NONE),
             unsettled: service.unsettled.as_ref().is_some_and(|set| set.contains(slot)),
         }
     }

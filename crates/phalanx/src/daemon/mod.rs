@@ -10,6 +10,7 @@ pub mod peers;
 #[cfg(feature = "rawsock")]
 mod rawsock;
 mod resume;
+mod signals;
 pub mod status;
 #[cfg(feature = "xdp")]
 mod xdp;
@@ -29,14 +30,14 @@ use phalanx_flow::table::BackupSite;
 use phalanx_forwarder::{Forwarder, Handoff, Plan};
 use phalanx_membership::{Config as MembershipConfig, Digest, KeyRing, Metadata, Timing};
 use phalanx_rebalancer::{Policy, Replicator};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use self::control::{ControlDriver, End, Inboxes, Request, State};
+use self::control::{ControlDriver, End, Inboxes, State};
 use self::membership::{ALONE, MembershipDriver};
 use self::next_hops::NextHopDriver;
 use self::peers::{Identity, Peers};
 use self::resume::{Adopted, Resumed};
+pub use self::signals::hold_reloads;
 use self::status::{DriverCounters, Shared, Source, Status};
 use crate::config::{self, CacheMode, Config, Profile, Replicate, ScoringKind};
 use crate::health::{HealthDriver, ProbeSender};
@@ -180,7 +181,7 @@ async fn run_member(
     let source =
         Source::new(&config, Arc::clone(&shared), Arc::clone(&forwarder), peers.clone(), requests.clone());
     serve_admin(config.admin.listen, source).await?;
-    spawn_signals(config.file.clone(), requests)?;
+    signals::spawn(config.file.clone(), requests)?;
 
     let replicator = Replicator::new(
         phalanx_rebalancer::Config {
@@ -352,40 +353,4 @@ async fn serve_admin(listen: SocketAddr, source: Source) -> anyhow::Result<()> {
         }
     });
     Ok(())
-}
-
-/// SIGHUP reloads, SIGTERM and SIGINT leave.
-fn spawn_signals(file: PathBuf, requests: mpsc::UnboundedSender<Request>) -> anyhow::Result<()> {
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::spawn(async move {
-        loop {
-            let request = tokio::select! {
-                _ = hangup.recv() => match read_again(&file) {
-                    Some(config) => Request::Reload(Box::new(config)),
-                    None => Request::ReloadRefused,
-                },
-                _ = terminate.recv() => Request::Leave,
-                _ = interrupt.recv() => Request::Leave,
-            };
-            if requests.send(request).is_err() {
-                return;
-            }
-        }
-    });
-    Ok(())
-}
-
-/// Reads the configuration again; one with mistakes changes nothing.
-fn read_again(file: &Path) -> Option<Config> {
-    match Config::load(file) {
-        Ok(config) => Some(config),
-        Err(errors) => {
-            for error in errors {
-                tracing::error!("the configuration stays as it was: {error}");
-            }
-            None
-        }
-    }
 }

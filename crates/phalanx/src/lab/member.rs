@@ -9,6 +9,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
@@ -141,7 +142,11 @@ pub struct Member {
     program: PathBuf,
     config: PathBuf,
     log: PathBuf,
+    started: Option<Instant>,
 }
+
+/// Until a process that was just started has come to its first instructions, a signal that it will handle ends it.
+const BEGINS_WITHIN: Duration = Duration::from_millis(100);
 
 impl Member {
     /// A member that is down; its files are in `directory`.
@@ -153,6 +158,7 @@ impl Member {
             program: program.to_owned(),
             config: directory.join(format!("member{id}.toml")),
             log: directory.join(format!("member{id}.log")),
+            started: None,
         }
     }
 
@@ -172,6 +178,7 @@ impl Member {
         // The log is a file: colours would be in the way of who reads it, the lab's messages included.
         command.env("NO_COLOR", "1").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.life = Life::Running(self.netns.spawn(&mut command)?);
+        self.started = Some(Instant::now());
         Ok(())
     }
 
@@ -226,8 +233,10 @@ impl Member {
         Ok(())
     }
 
-    /// SIGHUP: it reads its configuration again.
+    /// SIGHUP: it reads its configuration again. One that has just been started is given the time to begin.
     pub fn reload(&self) -> Result<()> {
+        let begins = self.started.map(|at| BEGINS_WITHIN.saturating_sub(at.elapsed()));
+        std::thread::sleep(begins.unwrap_or_default());
         self.signal(libc::SIGHUP)
     }
 

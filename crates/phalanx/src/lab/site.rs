@@ -474,9 +474,10 @@ impl Lab {
         }
         self.end_weather(now)?;
         self.returning.retain(|(at, _)| *at > now);
+        let mut ended = Vec::new();
         for (index, member) in self.members.iter_mut().enumerate() {
             let had_process = member.has_process();
-            self.problems.extend(member.poll_exit()?);
+            ended.extend(member.poll_exit()?);
             if had_process && !member.has_process() {
                 self.scraper.set_interest(index, Interest::Nothing);
             }
@@ -485,6 +486,10 @@ impl Lab {
                 && !Self::is_cut(&self.lasting, member.id)
                 && !self.returning.iter().any(|(_, id)| *id == member.id);
             self.router.handle_liveness(member.id, alive, now);
+        }
+        for how in ended {
+            self.say(&how);
+            self.problems.push(how);
         }
         // A decapsulator that ended is told once, and taken off the list.
         for at in (0..self.decapsulators.len()).rev() {

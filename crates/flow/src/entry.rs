@@ -231,10 +231,12 @@ pub struct Vintage(pub u32);
 impl Vintage {
     /// The record was not made by a first packet.
     const RECOVERED: u32 = 1 << 31;
-    /// Its birth in milliseconds; they wrap after 24 days. 0: not stamped yet, and later than any.
-    const BIRTH: u32 = Self::RECOVERED - 1;
-    /// A birth counts milliseconds above so many bits ([`FlowEntry::birth`]).
-    const COUNTER_BITS: u32 = 12;
+    /// The connection has ended.
+    const ENDED: u32 = 1 << 30;
+    /// Its birth in steps of 2 ms; they wrap after 24 days. 0: not stamped yet, and later than any.
+    const BIRTH: u32 = Self::ENDED - 1;
+    /// A birth counts milliseconds above 12 bits ([`FlowEntry::birth`]), and steps of 2 ms above so many.
+    const COUNTER_BITS: u32 = 13;
 
     /// That of `entry`.
     #[inline(always)]
@@ -244,23 +246,26 @@ impl Vintage {
         let stamped = (entry.birth != 0) as u32;
         // 0 is taken.
         let birth = low | (low == 0) as u32 & stamped;
-        Self(if entry.flags.has(FlowFlags::RECOVERED) { birth | Self::RECOVERED } else { birth })
+        let recovered = if entry.flags.has(FlowFlags::RECOVERED) { Self::RECOVERED } else { 0 };
+        let ended = if entry.flow_state().is_live() { 0 } else { Self::ENDED };
+        Self(birth | recovered | ended)
     }
 
     /// Whether a record of `other` replaces one of this, as [`Version::is_replaced_by`] has it for connections.
     #[inline(always)]
     pub const fn is_replaced_by(self, other: Self) -> bool {
-        let recovered = self.0 & Self::RECOVERED;
-        if recovered != other.0 & Self::RECOVERED {
-            return recovered != 0;
-        }
         let (ours, theirs) = (self.0 & Self::BIRTH, other.0 & Self::BIRTH);
-        if ours == theirs {
-            return false;
+        // Serial numbers of 30 bits (RFC 1982).
+        let later =
+            ours != theirs && (theirs == 0 || ours != 0 && theirs.wrapping_sub(ours) & Self::BIRTH < 1 << 29);
+        let (guessed, guess) = (self.0 & Self::RECOVERED != 0, other.0 & Self::RECOVERED != 0);
+        if guessed == guess {
+            ours != theirs && later != guessed
+        } else if guess {
+            self.0 & Self::ENDED != 0 && later
+        } else {
+            other.0 & Self::ENDED == 0 || later || ours == theirs
         }
-        // Serial numbers of 31 bits (RFC 1982).
-        let later = theirs == 0 || ours != 0 && theirs.wrapping_sub(ours) & Self::BIRTH < 1 << 30;
-        later == (recovered == 0)
     }
 }
 
@@ -282,21 +287,25 @@ pub struct Version {
 impl Version {
     /// Whether `incoming` replaces this one, when both are of one flow, from wherever they came.
     ///
-    /// The order is total and the same on every member: made by a SYN before recovered; then by birth; then the lower backend; of one birth
+    /// Of any two records the same one stays on every member: made by a SYN before recovered; then by birth; then the lower backend; of one birth
     /// and backend the later update, and of equal ones, which two members made at once, the state that is further on.
+    /// But what was guessed after the birth of a connection that has ended takes that one's place: the tuple was used again, and the record of
+    /// that is lost. (With a third record, from before and still alive, none of the three is the last; it goes where it meets the ended one.)
     ///
     /// Of connections that SYNs made the later birth stays: the client has used the tuple again, and whoever still has the connection
     /// before it, live or closing, has missed that. Of guesses and of datagrams, which say nothing of a beginning, the earlier one: by
     /// that one packets have been forwarded for longer.
     /// `backends` is this record's [`BackendId`] compared with the incoming one's, because indexes are local.
     pub fn is_replaced_by(self, incoming: Self, backends: Ordering) -> bool {
+        // An unstamped record (0) is the newest of all: wrapping makes it the largest.
+        let births = incoming.birth.wrapping_sub(1).cmp(&self.birth.wrapping_sub(1));
+        let has_ended = |record: Self| record.tcp && !record.state.is_live();
         match (self.recovered, incoming.recovered) {
-            (false, true) => return false,
-            (true, false) => return true,
+            (false, true) => return has_ended(self) && births == Ordering::Greater,
+            (true, false) => return !has_ended(incoming) || births != Ordering::Less,
             _ => {}
         }
-        // An unstamped record (0) is the newest of all: wrapping makes it the largest.
-        match (incoming.birth.wrapping_sub(1).cmp(&self.birth.wrapping_sub(1)), backends) {
+        match (births, backends) {
             (Ordering::Greater, _) => self.tcp && !self.recovered,
             (Ordering::Less, _) => !self.tcp || self.recovered,
             (Ordering::Equal, Ordering::Equal) => {

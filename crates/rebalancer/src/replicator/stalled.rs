@@ -9,7 +9,7 @@ use super::{Replicator, Unprotected};
 
 impl Replicator {
     /// Some of them, at most `limit`: those of which a backup that has not acknowledged them is connected and has acknowledged all it was
-    /// sent. In the order of their keys: in what order a full peer is told decides what it takes, and a run must be one that can be repeated.
+    /// sent, and those that have no backup. In the order of their keys: in what order a full peer is told decides what it takes, and a run must be one that can be repeated.
     /// If there are more, the next call goes on where this one ends.
     pub fn stalled(&mut self, limit: usize) -> Vec<FlowKey> {
         let is_quiet = |backup: MemberId| {
@@ -20,7 +20,11 @@ impl Replicator {
                     && peer.transfer.is_none()
             })
         };
-        let waits = |flow: &Unprotected| flow.missing.into_iter().flatten().any(is_quiet);
+        // Where there is no backup nothing is on its way, and what is gone from the table would count for good.
+        let waits = |flow: &Unprotected| {
+            let mut missing = flow.missing.into_iter().flatten().peekable();
+            missing.peek().is_none() || missing.any(is_quiet)
+        };
         let waiting = self.unprotected.iter().filter(|(_, flow)| waits(flow)).map(|(key, _)| *key);
         let mut stalled: Vec<FlowKey> = waiting.collect();
         let last = self.told_last;
@@ -35,10 +39,15 @@ impl Replicator {
         stalled
     }
 
-    /// What the forwarder has of a [stalled](Self::stalled) flow: it is told again, or no longer counted if there is nothing.
+    /// What the forwarder has of a [stalled](Self::stalled) flow: it is told again, if there is anybody to tell, or no longer counted if
+    /// there is nothing.
     pub fn handle_stalled(&mut self, key: &FlowKey, record: Option<Record>) {
+        let record = record.filter(|record| record.birth != 0 && self.is_worth_telling(record));
+        if record.is_some() && self.backups_of_own(key).iter().all(Option::is_none) {
+            return;
+        }
         self.unprotected.remove(key);
-        if let Some(record) = record.filter(|record| record.birth != 0 && self.is_worth_telling(record)) {
+        if let Some(record) = record {
             self.counters.told_again += 1;
             self.replicate(record);
         }

@@ -324,13 +324,21 @@ impl Writer {
             maps.failed.delete(&key).map_err(refused("FAILED"))?;
         }
         let mut blocks = Vec::with_capacity(2 * plan.services.len());
-        let mut front = vec![FrontService::EMPTY; FRONT as usize];
-        for (index, service) in (0_u32..).zip(&plan.services) {
+        for service in &plan.services {
             let block =
                 self.slots_block(maps, &service.slots, service.unsettled.as_ref(), numbers, &blocks)?;
-            blocks.push(block);
+            blocks.push(block.ok_or_else(|| {
+                InstallError::Inconsistent(
+                    "more services than the tables were made for; they need a restart".to_owned(),
+                )
+            })?);
+        }
+        let mut front = vec![FrontService::EMPTY; FRONT as usize];
+        for (index, service) in (0_u32..).zip(&plan.services) {
+            let block = blocks[index as usize];
             let earlier = match &service.earlier {
-                Some(slots) => self.slots_block(maps, slots, None, numbers, &blocks)?,
+                // Without room for it what nobody knows goes by the slots in force.
+                Some(slots) => self.slots_block(maps, slots, None, numbers, &blocks)?.unwrap_or(block),
                 None => block,
             };
             blocks.push(earlier);
@@ -372,6 +380,7 @@ impl Writer {
         Ok(blocks)
     }
 
+    /// The block that has these slots; written if none has. `None`: there is no room.
     fn slots_block(
         &mut self,
         maps: &Maps,
@@ -379,7 +388,7 @@ impl Writer {
         unsettled: Option<&Arc<SlotSet>>,
         numbers: &[u32],
         taken: &[u32],
-    ) -> Result<u32, InstallError> {
+    ) -> Result<Option<u32>, InstallError> {
         let held = |block: &Block<SlotsKey>| match block {
             Block::Holds((table, set)) => {
                 Arc::ptr_eq(table, slots)
@@ -392,14 +401,10 @@ impl Writer {
             Block::Free | Block::Unknown => false,
         };
         if let Some(at) = self.slots.iter().position(held) {
-            return Ok(at as u32);
+            return Ok(Some(at as u32));
         }
         let free = (0..maps.slot_blocks).find(|at| !self.slots_in_force.contains(at) && !taken.contains(at));
-        let Some(at) = free else {
-            return Err(InstallError::Inconsistent(
-                "more services than the tables were made for; they need a restart".to_owned(),
-            ));
-        };
+        let Some(at) = free else { return Ok(None) };
         let values: Vec<u32> = slots
             .iter()
             .enumerate()
@@ -413,7 +418,7 @@ impl Writer {
         self.slots[at as usize] = Block::Free;
         maps.slots.put_all(&keys, &values).map_err(refused("SLOT_TABLE"))?;
         self.slots[at as usize] = Block::Holds((Arc::clone(slots), unsettled.cloned()));
-        Ok(at)
+        Ok(Some(at))
     }
 }
 

@@ -121,6 +121,10 @@ pub struct Membership {
     slow_answers: BTreeMap<MemberId, u8>,
     /// When members that we hear were last told that they are suspected.
     told_doubted: BTreeMap<MemberId, Instant>,
+    /// Since when members are suspected, whoever began.
+    suspected_since: BTreeMap<MemberId, Instant>,
+    /// As whom members were heard last, and when.
+    heard: BTreeMap<MemberId, (Identity, Instant)>,
     warned_backends: BTreeMap<MemberId, (Digest, Digest)>,
     warned_shared: BTreeMap<MemberId, SharedField>,
 
@@ -229,6 +233,8 @@ impl Membership {
             echo_losses: BTreeMap::new(),
             slow_answers: BTreeMap::new(),
             told_doubted: BTreeMap::new(),
+            suspected_since: BTreeMap::new(),
+            heard: BTreeMap::new(),
             warned_backends: BTreeMap::new(),
             warned_shared: BTreeMap::new(),
             pings: VecDeque::new(),

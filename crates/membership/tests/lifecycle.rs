@@ -318,6 +318,24 @@ fn who_was_cut_off_for_less_than_the_confirmation_time_is_believed_at_once() {
     }
 }
 
+/// It has confirmed all others down, and says so as soon as its link is back.
+#[test]
+fn who_was_cut_off_does_not_make_the_others_lose_each_other_when_it_is_back() {
+    let another_down = |event: &Event| matches!(event, Event::MemberDown { id, .. } if *id != MemberId(1));
+    for members in [3, 5, 10] {
+        for seed in 0..20 {
+            let mut cluster = settled(members, seed);
+            cluster.set_group(0, 1);
+            let alone = cluster.run_until(10 * SECOND, |cluster| said(cluster, [0], another_down));
+            assert!(alone.is_some(), "{members} members, seed {seed}");
+            cluster.heal();
+            settles(&mut cluster, 10 * SECOND);
+            let lost = said(&cluster, 1..members as usize, another_down);
+            assert!(!lost, "{members} members, seed {seed}");
+        }
+    }
+}
+
 #[test]
 fn a_cluster_cut_in_two_lives_on_and_heals() {
     for (left, members) in [(5, 10), (3, 10), (1, 2), (4, 5)] {

@@ -1,6 +1,7 @@
 //! Finding the others: hellos, welcomes, refusals, cold start, and coming back after a time apart.
 
 use std::{
+    borrow::Cow,
     collections::VecDeque,
     net::SocketAddr,
     time::{Duration, Instant},
@@ -10,7 +11,10 @@ use foca::State;
 use phalanx_flow::MemberId;
 use rand::RngExt;
 
-use super::{Membership, Task};
+use super::{
+    Membership, Task,
+    swim::{self, Credit},
+};
 use crate::{
     config::SharedField,
     event::{Event, Warning},
@@ -104,7 +108,8 @@ impl Membership {
                 self.counters.refused += 1;
             }
             KIND_FOCA => {
-                if !self.drive(now, |swim, io| swim.handle_data(body, io)) {
+                let believed = self.believed(now, sender, body);
+                if !self.drive(now, |swim, io| swim.handle_data(&believed, io)) {
                     self.counters.damaged += 1;
                 }
                 self.tell_if_doubted(now, sender);
@@ -115,6 +120,40 @@ impl Membership {
             },
             _ => self.counters.damaged += 1,
         }
+    }
+
+    /// Notes who is heard, and judges what it says of others. That somebody is down is denied if we have heard it ourselves in the meantime, or
+    /// suspect it for too short a time for anybody to have confirmed it; and if we do not suspect it at all it is a suspicion.
+    ///
+    /// Who was cut off has confirmed everybody down, and says so as soon as its link is back. It will hear that it is wrong from those
+    /// members; believed by others, it would tear the cluster apart. Who says of itself that it goes, or is known to leave, is believed.
+    fn believed<'a>(&mut self, now: Instant, sender: MemberId, body: &'a [u8]) -> Cow<'a, [u8]> {
+        let Some(source) = swim::source(body).filter(|source| source.id == sender) else {
+            return Cow::Borrowed(body);
+        };
+        self.heard.insert(sender, (source, now));
+        let lately = |at: Instant| now.saturating_duration_since(at) < self.config.timing.confirm_after / 2;
+        swim::judged(body, |news| {
+            let about = *news.id();
+            let leaves =
+                || self.view.get(about.id).is_some_and(|member| member.state == MemberState::Leaving);
+            if news.state() != State::Down || about.id == sender || leaves() {
+                return Credit::Believed;
+            }
+            if self.heard.get(&about.id).is_some_and(|(identity, at)| *identity == about && lately(*at)) {
+                return Credit::Denied;
+            }
+            match self.swim.0.iter_membership_state().find(|member| *member.id() == about) {
+                Some(member) if member.state() == State::Alive => Credit::Suspected,
+                Some(member)
+                    if member.state() == State::Suspect
+                        && self.suspected_since.get(&about.id).is_none_or(|since| lately(*since)) =>
+                {
+                    Credit::Denied
+                }
+                _ => Credit::Believed,
+            }
+        })
     }
 
     /// Tells a member that we hear and suspect all the same. The word of the suspicion went round while it could not be reached, and is

@@ -91,6 +91,11 @@ impl Membership {
             self.meet(member.id);
         }
         let view = self.build();
+        let suspected = |id: &MemberId| view.get(*id).is_some_and(|member| member.suspected);
+        self.suspected_since.retain(|id, _| suspected(id));
+        for member in view.members.iter().filter(|member| member.suspected) {
+            self.suspected_since.entry(member.id).or_insert(now);
+        }
         let old = std::mem::replace(&mut self.view, view);
         self.tell(&old);
     }
@@ -200,6 +205,7 @@ impl Membership {
             self.echo_losses.remove(&id);
             self.slow_answers.remove(&id);
             self.told_doubted.remove(&id);
+            self.heard.remove(&id);
             self.warned_backends.remove(&id);
             self.warned_shared.remove(&id);
         }

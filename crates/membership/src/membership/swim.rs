@@ -1,8 +1,11 @@
 //! foca, and what it needs around it.
 
-use std::time::{Duration, Instant};
+use std::{
+    borrow::Cow,
+    time::{Duration, Instant},
+};
 
-use foca::{Header, Message, Notification, PostcardCodec, ProbeNumber, Runtime, Timer};
+use foca::{Header, Member, Message, Notification, PostcardCodec, ProbeNumber, Runtime, State, Timer};
 use phalanx_flow::MemberId;
 use rand::rngs::StdRng;
 
@@ -116,6 +119,59 @@ pub(crate) fn new(identity: Identity, timing: &Timing, rng: StdRng, board: Board
         periodic_gossip: periodic(timing.gossip_interval, 3),
     };
     foca::Foca::with_custom_broadcast(identity, config, rng, PostcardCodec, board)
+}
+
+/// Who made a datagram of foca's, as it says.
+pub(crate) fn source(body: &[u8]) -> Option<Identity> {
+    Some(header(body)?.0.src)
+}
+
+fn header(body: &[u8]) -> Option<(Header<Identity>, &[u8])> {
+    postcard::take_from_bytes(body).ok()
+}
+
+/// What becomes of a piece of news.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Credit {
+    /// It is believed.
+    Believed,
+    /// That the member is down is taken for a suspicion, which it can refute.
+    Suspected,
+    /// It is left out.
+    Denied,
+}
+
+/// A datagram of foca's with its news as they are judged. What cannot be read is left for foca to refuse.
+pub(crate) fn judged(body: &[u8], judge: impl Fn(&Member<Identity>) -> Credit) -> Cow<'_, [u8]> {
+    rewritten(body, judge).map_or(Cow::Borrowed(body), Cow::Owned)
+}
+
+/// A header, how many news there are, the news, and broadcasts (`Foca::handle_data`); `None` if all are believed.
+fn rewritten(body: &[u8], judge: impl Fn(&Member<Identity>) -> Credit) -> Option<Vec<u8>> {
+    let (header, after_header) = header(body)?;
+    if header.message == Message::Broadcast {
+        return None;
+    }
+    let (count, mut rest) = after_header.split_first_chunk()?;
+    let count = u16::from_be_bytes(*count);
+    let (mut left, mut changed) = (count, false);
+    let mut news = Vec::with_capacity(rest.len());
+    for _ in 0..count {
+        let (member, after): (Member<Identity>, &[u8]) = postcard::take_from_bytes(rest).ok()?;
+        let credit = judge(&member);
+        changed |= credit != Credit::Believed;
+        match credit {
+            Credit::Believed => news.extend_from_slice(&rest[..rest.len() - after.len()]),
+            Credit::Suspected => {
+                let suspected = Member::new(*member.id(), member.incarnation(), State::Suspect);
+                news = postcard::to_extend(&suspected, news).ok()?;
+            }
+            Credit::Denied => left -= 1,
+        }
+        rest = after;
+    }
+    let head = &body[..body.len() - after_header.len()];
+    changed.then(|| [head, &left.to_be_bytes(), &news, rest].concat())
 }
 
 /// A number that changes whenever something does that a view shows.

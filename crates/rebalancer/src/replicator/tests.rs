@@ -1080,3 +1080,26 @@ fn each_stalled_flow_has_its_turn() {
     assert_eq!(told.len(), count);
     assert_eq!(replicator.stalled(count).len(), count, "all at once, if they may be");
 }
+
+/// A SYN takes out what has ended, and records nothing where there is no lease: the daemon hears of neither.
+#[test]
+fn where_there_is_no_backup_only_what_is_still_there_counts_as_unprotected() {
+    let mut world = World::new(&[1]);
+    for n in 0..10 {
+        world.open(n, 1);
+    }
+    world.settle();
+    world.node(1).table.flows.remove(&key(3));
+    let told_again = |world: &mut World| {
+        let stalled = world.node(1).replicator.stalled(100);
+        assert_eq!(stalled.len(), world.unprotected());
+        for key in stalled {
+            let now = world.now;
+            let record = world.node(1).table.get(now, &key);
+            world.node(1).replicator.handle_stalled(&key, record);
+        }
+        (world.unprotected(), world.node(1).replicator.counters().told_again)
+    };
+    assert_eq!(told_again(&mut world), (9, 0), "there is nobody to tell of the others");
+    assert_eq!(told_again(&mut world), (9, 0));
+}

@@ -7,8 +7,7 @@ use super::*;
 impl Site {
     /// These are the usable backends of the service, at every member.
     fn use_backends(&mut self, backends: &[u8]) {
-        let id =
-            |&last: &u8| phalanx_flow::BackendId::new([10, 0, 1, last].into(), phalanx_flow::Method::L2, 0);
+        let id = |&last: &u8| BackendId::new([10, 0, 1, last].into(), Method::L2, 0);
         let ranked: Vec<RankedBackend> =
             backends.iter().map(|last| RankedBackend { id: id(last), weight: 100 }).collect();
         for (control, _) in self.members.values_mut() {

@@ -14,6 +14,7 @@ mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::iter::once;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -84,12 +85,9 @@ impl CompiledPlan {
         if plan.previous.as_ref().is_some_and(|previous| previous.len() != plan.rows.len()) {
             return wrong("the previous table has another number of rows than the current one");
         }
-        let tables = plan
-            .services
-            .iter()
-            .flat_map(|service| [Some(&service.slots), service.earlier.as_ref()])
-            .flatten();
-        if tables.into_iter().any(|slots| slots.len() != crate::plan::SLOTS) {
+        let mut tables =
+            plan.services.iter().flat_map(|service| once(&service.slots).chain(&service.earlier));
+        if tables.any(|slots| slots.len() != crate::plan::SLOTS) {
             return wrong("a service has not one backend a slot");
         }
         let local_address = phalanx_flow::key::octets(local.address);

@@ -9,8 +9,8 @@ use super::{Replicator, Unprotected};
 
 impl Replicator {
     /// Some of them, at most `limit`: those of which a backup that has not acknowledged them is connected and has acknowledged all it was
-    /// sent, and those that have no backup. In the order of their keys: in what order a full peer is told decides what it takes, and a run must be one that can be repeated.
-    /// If there are more, the next call goes on where this one ends.
+    /// sent, and those that have no backup. In the order of their keys: in what order a full peer is told decides what it takes, and a run must be
+    /// one that can be repeated. If there are more, the next call goes on where this one ends.
     pub fn stalled(&mut self, limit: usize) -> Vec<FlowKey> {
         let is_quiet = |backup: MemberId| {
             self.peers.get(&backup).is_some_and(|peer| {

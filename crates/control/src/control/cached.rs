@@ -1,14 +1,15 @@
 //! What a cache has to offer when members are lost (claim 20, \[750\]).
 //!
-//! Owner and backup that are lost in one moment are confirmed down one after the other, and the cache is flushed at the first: what stood
-//! in it is kept for a while, and offered again when the next one is confirmed, by the table that counted before the first.
+//! Owner and backup that are lost in one moment are confirmed down one after the other, and what the first owned is flushed from the cache
+//! by then: what stood in it is kept for a while, and offered again when the next one is confirmed, by the table that counted before the
+//! first.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use phalanx_flow::{FlowKey, Record};
-use phalanx_rebalancer::{Change, aged, plan_cache_offers};
+use phalanx_rebalancer::{Change, aged, cache_entries_of_departed, plan_cache_offers};
 
 use super::Control;
 use crate::planner::{TableChange, TableRanking};
@@ -27,12 +28,8 @@ pub(super) struct Kept {
 }
 
 impl Control {
-    /// Members are gone: offers what the cache has of flows all of whose holders are, and flushes it.
+    /// Members are gone: offers what the cache has of flows all of whose holders are, and flushes what the departed owned.
     pub(super) fn offer_cached(&mut self, change: &TableChange, now: Instant) {
-        let cached = self.forwarder.flush_cache();
-        if !self.settings.flush_on_leave {
-            self.forwarder.upsert_cache(&cached);
-        }
         let mut kept = self.kept_cached.take().unwrap_or_else(|| Kept {
             at: now,
             base: Arc::clone(&change.old),
@@ -42,10 +39,12 @@ impl Control {
             record.idle_ms = aged(record.idle_ms, kept.at, now);
         }
         kept.at = now;
-        // Nobody tells a cache that a tuple is used again: where a connection has ended there, whoever recovers the next one knows better.
-        let live = cached.into_iter().filter(|record| record.state.is_live());
-        kept.records.extend(live.map(|record| (record.key, record)));
         self.with_change(change, |this, change| {
+            let cached = this.flush_departed(change);
+            // Nobody tells a cache that a tuple is used again: where a connection has ended there, whoever recovers the next one knows
+            // better.
+            let live = cached.into_iter().filter(|record| record.state.is_live());
+            kept.records.extend(live.map(|record| (record.key, record)));
             let change = Change { old: &*kept.base, ..*change };
             let mut records: Vec<Record> = kept.records.values().copied().collect();
             records.sort_by_key(|record| record.key);
@@ -61,6 +60,22 @@ impl Control {
         });
         self.kept_cached = Some(kept);
         self.transferring = true;
+    }
+
+    /// Flushes what the departed owned from the cache, where `flush_on_leave` is set, and returns all that stood in it. What the others
+    /// own stays: nobody would send it again.
+    fn flush_departed(&self, change: &Change<'_>) -> Vec<Record> {
+        let cached = self.forwarder.flush_cache();
+        if self.settings.flush_on_leave {
+            let keys = cached.iter().map(|record| record.key);
+            let departed: HashSet<FlowKey> = cache_entries_of_departed(change, keys).collect();
+            let stays: Vec<Record> =
+                cached.iter().filter(|record| !departed.contains(&record.key)).copied().collect();
+            self.forwarder.upsert_cache(&stays);
+        } else {
+            self.forwarder.upsert_cache(&cached);
+        }
+        cached
     }
 
     /// Lets go of what is kept.

@@ -664,6 +664,8 @@ impl Control {
             if (handed_over || now.duration_since(since) >= LEAVE_AT_MOST) && self.ready_to_leave_at.is_none()
             {
                 self.ready_to_leave_at = Some(now + LEAVE_GRACE);
+                // Who is gone is not heard when it says what it has seen: from here on the owners see it themselves.
+                self.forwarder.flush_cache();
             }
         }
         if self.ready_to_leave_at.is_some_and(|at| at <= now) && !self.left {
@@ -921,7 +923,9 @@ impl Control {
                 if self.planner.register(record.backend) {
                     self.install();
                 }
-                self.forwarder.upsert_cache(&[record]);
+                if self.ready_to_leave_at.is_none() {
+                    self.forwarder.upsert_cache(&[record]);
+                }
                 ApplyResult::Applied
             }
             Apply::CacheRemove { key } => {

@@ -506,15 +506,18 @@ impl Replicator {
         (holders, caches)
     }
 
-    /// Tells the owner, under every table, that a packet was seen; and its backups, of a flow that has ended.
+    /// Tells the owner, under every table, that a packet was seen; and its backups, while it is suspected and may hear nothing of us, or of
+    /// a flow that has ended.
     fn touch(&mut self, record: &Record) {
         let Some(view) = &self.view else { return };
-        let told = if record.state.is_live() { 1 } else { usize::MAX };
         let mut holders: Vec<MemberId> = Vec::with_capacity(4);
         for ranking in view.tables() {
-            for holder in ranking.holders(ranking.row_of(&record.key)).into_iter().take(told).flatten() {
+            for holder in holders_of(ranking, ranking.row_of(&record.key)) {
                 if holder != self.config.local && !holders.contains(&holder) {
                     holders.push(holder);
+                }
+                if record.state.is_live() && !view.suspects.contains(&holder) {
+                    break;
                 }
             }
         }

@@ -436,6 +436,29 @@ fn touches_of_what_has_ended_reach_the_backup_too_and_those_of_what_lives_do_not
     }
 }
 
+/// Whoever forwards by its cache, cut off from the owner, is the only one to see the flow: without a word of it both holders forget it.
+#[test]
+fn touches_reach_the_backup_while_the_owner_is_suspected() {
+    for suspected in [true, false] {
+        let mut world = World::new(&[1, 2, 3]);
+        let n = world.flow_of(1, 2);
+        world.open(n, 1);
+        world.settle();
+        let seen = world.record(1, n).unwrap();
+        world.disconnect(1, 3);
+        if suspected {
+            let live = world.live();
+            let mut view = world.view(None, &live);
+            view.suspects.insert(MemberId(1));
+            world.set_view(3, view);
+        }
+        world.advance(SECOND * 10);
+        world.event(3, FlowEventKind::Touched, false, seen);
+        world.settle();
+        assert_eq!(world.record(2, n).unwrap().idle_ms, if suspected { 0 } else { 10_000 });
+    }
+}
+
 #[test]
 fn a_packet_that_comes_while_the_backup_is_asked_keeps_the_flow() {
     let mut world = World::new(&[1, 2]);

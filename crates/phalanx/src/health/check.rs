@@ -33,6 +33,19 @@ pub(super) enum Bad {
     },
 }
 
+impl Bad {
+    /// Whether it is what came back that was bad, and not that nothing came.
+    pub(super) fn is_answer(&self) -> bool {
+        match self {
+            Self::Timeout(_) => false,
+            Self::Connect(error) => {
+                matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset)
+            }
+            Self::Http(_) | Self::Status { .. } => true,
+        }
+    }
+}
+
 /// A check's socket lives this much longer. What the backend still sends would meet none, and the kernel's RST for a socket that is gone has
 /// no mark: it goes to the service's address by the router, and reaches the members as a packet of a connection that nobody knows.
 const HELD: Duration = Duration::from_secs(1);

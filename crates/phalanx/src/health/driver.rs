@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::check::check;
+use super::check::{Bad, check};
 use super::path::{self, HealthError};
 use super::{Health, ProbeSender};
 use crate::config::{Config, HealthConfig, HealthKind};
@@ -106,14 +106,14 @@ pub struct HealthDriver {
 }
 
 impl HealthDriver {
-    /// Starts the checks. Every backend is taken for healthy first. Makes nothing in the kernel if no service has checks.
+    /// Starts the checks. Every backend is taken for healthy until it denies it or is silent too often. Makes nothing in the kernel if no service has checks.
     pub fn start(
         config: &Config,
         sender: Arc<dyn ProbeSender>,
         changes: mpsc::UnboundedSender<HealthChange>,
     ) -> Result<Self, HealthError> {
         let mut driver = Self { sender, changes, ports: Arc::default(), running: Vec::new(), packets: None };
-        driver.apply(config, Health::healthy)?;
+        driver.apply(config, Health::assumed)?;
         Ok(driver)
     }
 
@@ -246,7 +246,8 @@ async fn run<C, F>(
         tokio::time::sleep_until(next).await;
         next = Instant::now() + jittered(*interval, &mut random);
         let result = check(kind, &host, *timeout, connect()).await;
-        let changed = health.handle_check(result.is_ok());
+        let answered = result.as_ref().err().is_none_or(Bad::is_answer);
+        let changed = health.handle_check(result.is_ok(), answered);
         {
             let mut status = lock(&status);
             status.healthy = health.is_healthy();

@@ -9,10 +9,13 @@
 ///      └───────────────────────────────────┘
 ///               good × rise in a row
 /// ```
-/// A check that agrees with the state starts the count again.
+/// A check that agrees with the state starts the count again. Before the first good check a single answer that says no suffices: nothing is
+/// known then that it would contradict, and a member that has just joined must not send new connections where no other member does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Health {
     healthy: bool,
+    /// No check has said so yet.
+    assumed: bool,
     /// Checks in a row that contradict the state.
     against: u32,
     rise: u32,
@@ -20,15 +23,20 @@ pub struct Health {
 }
 
 impl Health {
-    /// A backend taken for healthy until `fall` checks in a row say otherwise: at the start of a daemon, when nobody has checked
-    /// yet and connections may be there already.
+    /// A backend that checks have shown to be healthy.
     pub const fn healthy(rise: u32, fall: u32) -> Self {
-        Self { healthy: true, against: 0, rise, fall }
+        Self { healthy: true, assumed: false, against: 0, rise, fall }
+    }
+
+    /// A backend taken for healthy until it denies it, or `fall` checks in a row are bad: at the start of a daemon, when nobody has checked
+    /// yet and connections may be there already.
+    pub const fn assumed(rise: u32, fall: u32) -> Self {
+        Self { assumed: true, ..Self::healthy(rise, fall) }
     }
 
     /// A backend taken for unhealthy until one good check: one that was added while others serve.
     pub const fn added(rise: u32, fall: u32) -> Self {
-        Self { healthy: false, against: rise.saturating_sub(1), rise, fall }
+        Self { healthy: false, assumed: false, against: rise.saturating_sub(1), rise, fall }
     }
 
     /// Whether the backend is healthy.
@@ -36,18 +44,25 @@ impl Health {
         self.healthy
     }
 
-    /// Counts a check; the new state if it changed.
-    pub fn handle_check(&mut self, good: bool) -> Option<bool> {
+    /// Counts a check; the new state if it changed. `answered`: a bad one was so by what came back, not for want of it.
+    pub fn handle_check(&mut self, good: bool, answered: bool) -> Option<bool> {
+        let denied = self.assumed && answered;
+        self.assumed &= !good;
         if good == self.healthy {
             self.against = 0;
             return None;
         }
         self.against = self.against.saturating_add(1);
-        let needed = if self.healthy { self.fall } else { self.rise };
+        let needed = match self.healthy {
+            true if denied => 1,
+            true => self.fall,
+            false => self.rise,
+        };
         if self.against < needed {
             return None;
         }
         self.healthy = good;
+        self.assumed = false;
         self.against = 0;
         Some(good)
     }
@@ -57,11 +72,11 @@ impl Health {
 mod tests {
     use super::*;
 
-    /// The state after each check; `+` is a good one, `-` a bad one, `H` and `U` are the answers expected, `.` is no change.
+    /// The state after each check; `+` is a good one, `-` a bad one, `x` a bad answer, `H` and `U` are the answers expected, `.` is no change.
     fn walk(mut health: Health, checks: &str, expected: &str) {
         let answers: String = checks
             .chars()
-            .map(|check| match health.handle_check(check == '+') {
+            .map(|check| match health.handle_check(check == '+', check == 'x') {
                 Some(true) => 'H',
                 Some(false) => 'U',
                 None => '.',
@@ -94,13 +109,22 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_has_checked_is_believed_when_it_says_no_and_not_when_it_is_silent() {
+        walk(Health::assumed(2, 3), "x", "U");
+        walk(Health::assumed(2, 3), "-x++xx", ".U.H..");
+        walk(Health::assumed(2, 3), "---", "..U");
+        walk(Health::assumed(2, 3), "+xxx", "...U");
+        walk(Health::healthy(2, 3), "xxx", "..U");
+    }
+
+    #[test]
     fn every_state_and_check_is_covered_for_small_counts() {
         for (rise, fall) in [(1, 1), (1, 3), (2, 2), (3, 1)] {
             for bits in 0u32..1 << 10 {
                 let checks: Vec<bool> = (0..10).map(|bit| bits >> bit & 1 == 1).collect();
                 let mut health = Health::healthy(rise, fall);
                 for end in 1..=checks.len() {
-                    let changed = health.handle_check(checks[end - 1]);
+                    let changed = health.handle_check(checks[end - 1], true);
                     // The reference: the state is what the latest long enough run said.
                     let mut state = true;
                     let mut run = 0;

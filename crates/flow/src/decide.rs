@@ -18,7 +18,8 @@ use crate::packet::{Fragment, Packet, PacketKind, tcp_flags};
 use crate::row::Row;
 
 /// A packet handed off this many times is dealt with where it is, so that no views, however different, make a loop (design §4).
-/// Only what its sender has the flow of goes back to the sender, by one hop more.
+/// Only what its sender has the flow of goes back to the sender, by one hop more, and what nobody on its way has known is asked of one
+/// holder more, before it is guessed.
 pub const MAX_HOPS: u8 = 2;
 
 /// An owner believes its own entry of a connection that has ended for this long after the entry's last packet; then it asks the backup
@@ -356,6 +357,12 @@ impl Roles {
     /// lease, being cut off, stopped or without a daemon.
     #[inline(always)]
     fn believes<T: Tables>(&self, tables: &T, entry: &FlowEntry, arrival: &Arrival) -> bool {
+        if entry.flags.has(FlowFlags::PRESUMED) {
+            // Nobody but who recorded the connection can know better, and it is that one's place that we take.
+            return self.local.leased
+                && self.acting_owner(tables) == self.local.slot
+                && !self.gives_way(entry, arrival);
+        }
         // Of two members, who loses its lease has rather lost the other one (docs/design/0002-membership.md).
         let [owner, _, third] = self.row.ranks;
         let former = entry.flags.has(FlowFlags::FORMER) || !self.local.leased && third.is_some();
@@ -403,14 +410,15 @@ impl Roles {
         self.returns(arrival) && arrival.ports.is_none() && Vintage::of(entry).is_replaced_by(arrival.vintage)
     }
 
-    /// Whether the packet goes back to who has its flow: what we have is older, or we have nothing, and no lease or a holder has asked us.
+    /// Whether the packet goes back to who has its flow: what we have is older, or we have nothing, and a holder has asked us, or we have no
+    /// lease either and cannot give it to who acts for us (`theirs`).
     #[inline(always)]
-    fn returned(&self, entry: Option<&FlowEntry>, arrival: &Arrival) -> bool {
+    fn returned(&self, entry: Option<&FlowEntry>, arrival: &Arrival, theirs: bool) -> bool {
         match entry {
             Some(entry) => self.gives_way(entry, arrival),
             None => {
                 let is_holder = self.bypassed == self.row.owner() || self.bypassed == self.row.backup();
-                self.returns(arrival) && (is_holder || !self.local.leased)
+                self.returns(arrival) && (is_holder || !self.local.leased && !theirs)
             }
         }
     }
@@ -494,6 +502,23 @@ impl Roles {
             third
         } else if doubted(fourth) {
             fourth
+        } else {
+            MemberSlot::NONE
+        }
+    }
+
+    /// Whom to ask for what nobody on a packet's way has known, when it has come as far as it may and else would be guessed: the backup, or
+    /// the owner while that one is suspected. If we are the owner or hold nothing of the row, whoever sent it here has another table than
+    /// we have, and was rather who is the owner in ours. A backup is asked by the owner, who does not know it either.
+    #[inline(always)]
+    fn last_asked<T: Tables>(&self, tables: &T) -> MemberSlot {
+        let [owner, backup, _] = self.row.ranks;
+        if backup == self.local.slot {
+            MemberSlot::NONE
+        } else if self.usable(tables, backup) {
+            backup
+        } else if owner != self.local.slot && self.usable(tables, owner) {
+            owner
         } else {
             MemberSlot::NONE
         }
@@ -634,9 +659,11 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
     let known = tables.flow(&decision.key);
     let acting = roles.acting_owner(tables);
     let theirs = acting != roles.local.slot && acting.is_some() && arrival.hops < MAX_HOPS;
-    let recorded = roles.returns(arrival) && matches!(tables.liveness(roles.bypassed), Liveness::Alive);
+    // Even if we suspect it: the client's next packets reach it as this one did, and we presume what it has, should it be lost.
+    let recorded = roles.returns(arrival);
     if let Some(entry) = known
         && entry.flow_state().is_live()
+        && !entry.flags.has(FlowFlags::PRESUMED)
     {
         if !(recorded || theirs && (entry.flags.has(FlowFlags::FORMER) || !roles.local.leased)) {
             seen(decision, entry, Outcome::Hit, roles, service);
@@ -651,6 +678,11 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
         let to = if recorded { roles.bypassed } else { acting };
         decision.verdict = roles.hand_off(tables, to, arrival, None);
         decision.outcome = Outcome::HandedOff;
+        if decision.action == Action::Remove
+            && let Some(before) = known
+        {
+            presume(decision, before.birth, roles, tables, service);
+        }
         return;
     }
     let owns = acting == roles.local.slot && roles.local.leased;
@@ -665,6 +697,31 @@ fn syn<T: Tables>(decision: &mut Decision, roles: &Roles, arrival: &Arrival, tab
         // The other holder knows the connection before. It must not act for us on that when we are lost before we have told it of this one,
         // as a program whose daemon is dead always is: the SYN itself tells it, and comes back.
         decision.verdict = roles.hand_off(tables, other, arrival, Some(&decision.entry));
+    }
+}
+
+/// Puts in the place of a connection that was born at `before` and has ended what whoever records the next one, whose SYN passes through
+/// here, most likely records. It keeps that birth: every record that was born later is of the connection that is presumed.
+///
+/// Were there nothing, whoever acts for that one when it is lost would ask others, and those have only heard of the connection before.
+#[inline(always)]
+fn presume<T: Tables>(decision: &mut Decision, before: u64, roles: &Roles, tables: &T, service: &Service) {
+    #[expect(clippy::cast_possible_truncation, reason = "the slot is the low 16 bits of the hash")]
+    let choice = tables.consistent(service.index, decision.hash as u16, Began::Now);
+    if choice.backend != BackendIndex::NONE {
+        decision.action = Action::Insert;
+        decision.entry = picked(choice.backend, roles.local.now_ms);
+        decision.entry.birth = before;
+        decision.entry.flags = FlowFlags(FlowFlags::PRESUMED);
+    }
+}
+
+/// What may be said to others to be known of a flow: not what is presumed.
+#[inline(always)]
+const fn said(known: Option<&FlowEntry>) -> Option<&FlowEntry> {
+    match known {
+        Some(entry) if !entry.flags.has(FlowFlags::PRESUMED) => known,
+        _ => None,
     }
 }
 
@@ -683,10 +740,17 @@ fn other<T: Tables>(
         && roles.believes(tables, &entry, arrival)
     {
         let failed = is_to_be_reset(&entry, packet, tables, service);
-        let (entry, changed) = advance(entry, packet, failed);
+        let presumed = entry.flags.has(FlowFlags::PRESUMED);
+        let (mut entry, changed) = advance(entry, packet, failed);
+        if presumed {
+            // From now on it is a record of ours: a guess that was born now.
+            entry.birth = 0;
+            entry.flags = FlowFlags(FlowFlags::RECOVERED);
+        }
         seen(decision, entry, Outcome::Hit, roles, service);
         if changed {
-            decision.event = Some(FlowEventKind::Changed);
+            // What was presumed is half-open, so that each packet but a SYN changes it.
+            decision.event = Some(if presumed { FlowEventKind::New } else { FlowEventKind::Changed });
             decision.entry.update = decision.entry.update.wrapping_add(1);
             decision.entry.last_reported_ms = roles.local.now_ms;
             decision.entry.flags = decision.entry.flags.with(FlowFlags::PROTECTED, false);
@@ -696,6 +760,7 @@ fn other<T: Tables>(
         }
         return;
     }
+    let known = said(known.as_ref());
     let acting = roles.acting_owner(tables);
     let hops_left = arrival.hops < MAX_HOPS;
     let ours = acting == roles.local.slot;
@@ -719,10 +784,10 @@ fn other<T: Tables>(
         }
         return;
     }
-    let returned = roles.returned(known.as_ref(), arrival);
+    let returned = roles.returned(known, arrival, theirs);
     if theirs || returned {
         let to = if returned { roles.bypassed } else { acting };
-        decision.verdict = roles.hand_off(tables, to, arrival, known.as_ref());
+        decision.verdict = roles.hand_off(tables, to, arrival, known);
         decision.outcome = Outcome::HandedOff;
         return;
     }
@@ -742,8 +807,11 @@ fn other<T: Tables>(
     if hops_left && !asked.is_some() && !datagram {
         asked = roles.doubted_holder(tables);
     }
+    if !asked.is_some() && arrival.hops == MAX_HOPS && known.is_none() {
+        asked = roles.last_asked(tables);
+    }
     if asked.is_some() {
-        decision.verdict = roles.hand_off(tables, asked, arrival, known.as_ref());
+        decision.verdict = roles.hand_off(tables, asked, arrival, known);
         decision.outcome = Outcome::Asked;
         return;
     }
@@ -782,18 +850,20 @@ fn icmp_error<T: Tables>(
         decision.outcome = Outcome::IcmpSteered;
         return;
     }
+    let flow = said(flow.as_ref());
     let hops_left = arrival.hops < MAX_HOPS;
     if hops_left || roles.returns(arrival) {
         let acting = roles.acting_owner(tables);
-        let to = if roles.returned(flow.as_ref(), arrival) {
+        let theirs = hops_left && acting != roles.local.slot;
+        let to = if roles.returned(flow, arrival, theirs) {
             roles.bypassed
-        } else if hops_left && acting != roles.local.slot {
+        } else if theirs {
             acting
         } else {
             roles.asked(tables, flow.is_some())
         };
         if to.is_some() {
-            decision.verdict = roles.hand_off(tables, to, arrival, flow.as_ref());
+            decision.verdict = roles.hand_off(tables, to, arrival, flow);
             decision.outcome = if acting == roles.local.slot { Outcome::Asked } else { Outcome::HandedOff };
             return;
         }

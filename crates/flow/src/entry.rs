@@ -133,8 +133,11 @@ impl FlowFlags {
     pub const PROTECTED: u8 = 4;
     /// No table gives us the flow any more, so that nobody tells us what becomes of it: its holders are asked before this is believed.
     pub const FORMER: u8 = 8;
+    /// Made when a SYN passed through here to who records it: a guess at what that one has recorded, for the case that it is lost before it
+    /// has told of it. Nobody but the packet path knows of such an entry (docs/design/0012-used-tuples.md).
+    pub const PRESUMED: u8 = 16;
     /// What says something of one member's entry, not of the flow: it is not sent, and ignored from the wire.
-    pub const LOCAL: u8 = Self::PROTECTED | Self::FORMER;
+    pub const LOCAL: u8 = Self::PROTECTED | Self::FORMER | Self::PRESUMED;
 
     /// Whether every bit of `bits` is set.
     #[inline(always)]

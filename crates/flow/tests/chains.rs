@@ -435,7 +435,7 @@ fn with_views_that_differ_some_flows_reach_two_backends() {
 fn who_has_no_lease_guesses_only_where_there_is_nobody_else() {
     let (mut members, _) = agreeing(&mut Dice(1));
     let member = &mut members[0];
-    let last_hop = Arrival { hops: MAX_HOPS, ..Arrival::WIRE };
+    let last_hop = Arrival { hops: MAX_HOPS + 1, ..Arrival::WIRE };
     let [alone, two] = [[0, u16::MAX, u16::MAX], [0, 1, u16::MAX]]
         .map(|ranks| Row { ranks: ranks.map(MemberSlot), flags: 0 });
     let other = Row { ranks: [1, u16::MAX, u16::MAX].map(MemberSlot), flags: 0 };

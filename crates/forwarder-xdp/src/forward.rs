@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use phalanx_flow::{BackendId, FlowEntry, FlowEvent, FlowFlags, FlowKey, MemberSlot, Record, flow_hash};
-use phalanx_forwarder::engine::entry::{entry_of, is_replaced, record_of};
+use phalanx_forwarder::engine::entry::{entry_of, is_replaced, is_told, record_of};
 use phalanx_forwarder::{
     Counters, Drop as Reason, Forwarder, InstallError, NextHops, Plan, RowSet, SendError, Upserted, rewrite,
 };
@@ -179,7 +179,7 @@ impl Forwarder for XdpForwarder {
 
     fn get(&self, key: &FlowKey) -> Option<Record> {
         let names = read(&self.names);
-        let (entry, _) = self.maps.entry(key)?;
+        let (entry, _) = self.maps.entry(key).filter(|(entry, _)| is_told(entry))?;
         self.record(&names, key, &entry, now_ms())
     }
 
@@ -190,7 +190,8 @@ impl Forwarder for XdpForwarder {
         for (_, table) in self.maps.tables().into_iter().filter(|(kind, _)| *kind != Kind::Cached) {
             let read = table.each(&mut |key, entry| {
                 let row = plan.plan.row_function.row_of(key, flow_hash(plan.plan.seed, key));
-                if rows.contains(row)
+                if is_told(entry)
+                    && rows.contains(row)
                     && let Some(record) = self.record(&names, key, entry, now_ms)
                 {
                     show(&record);

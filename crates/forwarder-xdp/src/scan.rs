@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use phalanx_flow::{FlowEvent, FlowEventKind};
-use phalanx_forwarder::engine::entry::life;
+use phalanx_forwarder::engine::entry::{is_told, life};
 
 use crate::maps::{Kind, now_ms};
 use crate::{XdpForwarder, lock, read};
@@ -55,7 +55,7 @@ impl XdpForwarder {
             // One that became established while another CPU held its set for too long: the flow itself is not over.
             let moved_on = kind == Kind::HalfOpen && self.maps.is_established(&key);
             match self.record(&names, &key, &entry, now_ms) {
-                Some(record) if kind != Kind::Cached && !moved_on => {
+                Some(record) if kind != Kind::Cached && !moved_on && is_told(&entry) => {
                     events.push(FlowEvent { kind: FlowEventKind::Expired, at_once: false, record });
                 }
                 _ => self.maps.delete(kind, &key),

@@ -311,10 +311,55 @@ fn with_no_hop_left_a_packet_goes_back_to_who_has_its_flow() {
     assert_eq!(handed_to(&suspecting.decide(last(Some(MemberId(2)), true), DATA)), Some(THIRD));
     // The twins: nobody says that it has it; and who knows the flow forwards it.
     for arrival in [last(Some(MemberId(2)), false), last(None, false)] {
-        assert_eq!(owner.decide(arrival, DATA).outcome, Outcome::Recovered);
+        assert_eq!(handed_to(&owner.decide(arrival, DATA)), Some(BACKUP), "as the other holder");
     }
     let knows = World { flow: recorded(), ..World::of(OWNER) };
     assert_eq!(knows.decide(last(Some(MemberId(2)), true), DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+/// Whoever sent it here takes us for the owner, or asks us as who was it before: a member that has just come back from a partition and has
+/// missed what its row's backup recorded meanwhile, while the others do not agree yet that it is back.
+#[test]
+fn what_nobody_on_its_way_has_known_is_asked_of_one_holder_more_before_it_is_guessed() {
+    let last = Arrival { hops: MAX_HOPS, ..Arrival::WIRE };
+    let asked = |suspect, local| {
+        let world = World { suspect, ..World::of(local) };
+        handed_to(&world.decide(last, DATA))
+    };
+    assert_eq!(asked(None, THIRD), Some(BACKUP));
+    assert_eq!(asked(Some(BACKUP), THIRD), Some(OWNER));
+    assert_eq!(asked(None, OWNER), Some(BACKUP));
+    let (_, arrival) = handed_on(&World::of(THIRD).decide(last, DATA));
+    let knows = World { flow: recorded(), ..World::of(BACKUP) };
+    assert_eq!(knows.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+    // The twins: nobody is left to be asked, and who was asked does not know it either.
+    assert_eq!((asked(Some(BACKUP), OWNER), asked(None, BACKUP)), (None, None));
+    let guesses = World::of(BACKUP).decide(arrival, DATA);
+    assert_eq!((guesses.verdict, guesses.outcome), (Verdict::Forward(CONSISTENT), Outcome::Recovered));
+    // What has ended is known.
+    let ended = World { flow: former(FlowState::Closing), ..World::of(THIRD) };
+    assert_eq!(ended.decide(last, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
+/// The daemon of the owner has just come back, and has nothing of what its backup recorded meanwhile; who asks it has heard of the connection
+/// before alone.
+#[test]
+fn an_owner_without_a_lease_that_knows_nothing_leaves_it_to_its_backup() {
+    let ended = former(FlowState::Closing).map(|entry| FlowEntry { birth: 5 << 20, ..entry });
+    let asking = World { flow: ended, ..World::of(THIRD) };
+    let (to, arrival) = handed_on(&asking.decide(Arrival::WIRE, DATA));
+    assert_eq!((to, arrival.known), (OWNER, true));
+    let owner = World { leased: false, ..World::of(OWNER) };
+    let (to, arrival) = handed_on(&owner.decide(arrival, DATA));
+    assert_eq!((to, arrival.known, arrival.bypassed), (BACKUP, true, Some(MemberId(2))));
+    let again = recorded().map(|entry| FlowEntry { backend: CONSISTENT, birth: 6 << 20, ..entry });
+    let backup = World { flow: again, ..World::of(BACKUP) };
+    assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(CONSISTENT));
+    // The twins: it knows nothing either, and there is nobody to leave it to.
+    assert_eq!(handed_to(&World::of(BACKUP).decide(arrival, DATA)), Some(THIRD));
+    let (_, arrival) = handed_on(&asking.decide(Arrival::WIRE, DATA));
+    let last = Arrival { hops: MAX_HOPS, ..arrival };
+    assert_eq!(handed_to(&owner.decide(last, DATA)), Some(THIRD));
 }
 
 /// The others may have gone on without it: a daemon that is dead or was stopped, a member that was cut off.
@@ -488,7 +533,7 @@ fn an_owner_without_a_lease_is_asked_by_nobody_and_asks_itself() {
 fn what_nobody_knows_any_more_goes_where_the_consistent_table_pointed_when_a_member_was_last_heard() {
     let owner = World { earlier: Some(RECORDED), ..World::of(OWNER) };
     let last = Arrival { hops: MAX_HOPS, ..Arrival::WIRE };
-    let recovered = owner.decide(last, DATA);
+    let recovered = owner.decide(Arrival { hops: MAX_HOPS + 1, ..last }, DATA);
     assert_eq!((recovered.outcome, recovered.verdict), (Outcome::Recovered, Verdict::Forward(RECORDED)));
     assert_eq!(recovered.entry.backend, RECORDED);
     // The twin: what begins now.
@@ -507,7 +552,13 @@ fn a_syn_on_its_last_hop_is_recorded_where_it_is_and_told_at_once() {
         let world = World { flow: Some(new.entry), ..World::of(slot) };
         let (to, arrival) = handed_on(&world.decide(Arrival::WIRE, DATA));
         assert_eq!((to, arrival.known), (OWNER, true));
-        let (to, back) = handed_on(&World { leased: false, ..World::of(OWNER) }.decide(arrival, DATA));
+        let (mut to, mut back) =
+            handed_on(&World { leased: false, ..World::of(OWNER) }.decide(arrival, DATA));
+        if slot == THIRD {
+            // Without a lease it leaves that to its backup.
+            assert_eq!(to, BACKUP);
+            (to, back) = handed_on(&World::of(BACKUP).decide(back, DATA));
+        }
         assert_eq!((to, world.decide(back, DATA).verdict), (slot, Verdict::Forward(CONSISTENT)));
     }
     // The twins: the owner's own is no guest, a hop is left, and without a lease nothing is recorded.
@@ -556,8 +607,9 @@ fn a_connection_that_has_ended_is_for_the_owner_to_know() {
 }
 
 #[test]
-fn a_syn_on_a_used_tuple_makes_the_backup_forget_before_it_reaches_a_backend() {
-    let ended = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });
+fn a_syn_on_a_used_tuple_tells_the_backup_before_it_reaches_a_backend() {
+    const BEFORE: u64 = 5 << 20;
+    let ended = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, birth: BEFORE, ..entry });
     for hops in 0..MAX_HOPS {
         let owner = World { flow: ended, ..World::of(OWNER) };
         let new = owner.decide(Arrival { hops, ..Arrival::WIRE }, tcp_flags::SYN);
@@ -567,7 +619,8 @@ fn a_syn_on_a_used_tuple_makes_the_backup_forget_before_it_reaches_a_backend() {
         assert_eq!((to, arrival.known), (BACKUP, true));
 
         let told = World { flow: ended, ..World::of(BACKUP) }.decide(arrival, tcp_flags::SYN);
-        assert_eq!(told.action, Action::Remove);
+        assert_eq!((told.action, told.event), (Action::Insert, None));
+        assert_eq!((told.entry.flags, told.entry.birth), (FlowFlags(FlowFlags::PRESUMED), BEFORE));
         let (to, arrival) = handed_on(&told);
         assert_eq!((to, arrival.hops, arrival.known), (OWNER, hops + 2, false));
         // What lives there may be this connection: the packet has come twice.
@@ -577,9 +630,17 @@ fn a_syn_on_a_used_tuple_makes_the_backup_forget_before_it_reaches_a_backend() {
 
         let owner = World { flow: Some(new.entry), ..World::of(OWNER) };
         assert_eq!(owner.decide(arrival, tcp_flags::SYN).verdict, Verdict::Forward(CONSISTENT));
-        // And if the owner is lost before it has told anybody, nobody believes the connection before.
-        let acting = World { suspect: Some(OWNER), ..World::of(BACKUP) };
-        assert_eq!(acting.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(CONSISTENT));
+        // And if the owner is lost before it has told anybody, nobody believes the connection before, and nobody else is asked.
+        let previous = Some([THIRD, BACKUP, OWNER]);
+        let presumed = World { flow: Some(told.entry), previous, ..World::of(BACKUP) };
+        let acting = World { suspect: Some(OWNER), ..presumed };
+        let acted = acting.decide(Arrival::WIRE, DATA);
+        assert_eq!((acted.verdict, acted.event), (Verdict::Forward(CONSISTENT), Some(FlowEventKind::New)));
+        let guess = (FlowFlags(FlowFlags::RECOVERED), 0);
+        assert_eq!((acted.entry.flags, acted.entry.birth), guess, "told to others from now on");
+        // The twin: with nothing in its place, who has heard of the connection before alone would be asked.
+        let nothing = World { flow: None, ..acting };
+        assert_eq!(handed_to(&nothing.decide(Arrival::WIRE, DATA)), Some(THIRD));
     }
     // The twins: nobody to tell, no hop left, and nothing to forget.
     let forwards = |world: World, hops| {
@@ -590,6 +651,43 @@ fn a_syn_on_a_used_tuple_makes_the_backup_forget_before_it_reaches_a_backend() {
     assert!(forwards(World { flow: ended, suspect: Some(BACKUP), ..World::of(OWNER) }, 0));
     assert!(forwards(World { flow: ended, ..World::of(OWNER) }, MAX_HOPS));
     assert!(forwards(World::of(OWNER), 0));
+}
+
+#[test]
+fn what_is_presumed_yields_to_whoever_may_know() {
+    let entry = FlowEntry {
+        backend: CONSISTENT,
+        flags: FlowFlags(FlowFlags::PRESUMED),
+        birth: 5 << 20,
+        last_seen_ms: NOW_MS - 100,
+        ..NO_ENTRY
+    };
+    let presumed = World { flow: Some(entry), ..World::of(BACKUP) };
+    let is_ignored = |world: &World, arrival: Arrival, flags: u8| {
+        let decision = world.decide(arrival, flags);
+        let without = World { flow: None, ..world.clone() }.decide(arrival, flags);
+        assert_eq!((decision.verdict, decision.event), (without.verdict, without.event));
+        decision
+    };
+    // The owner lives, or has the flow and no lease; and we have no lease.
+    let handed_off = is_ignored(&presumed, Arrival::WIRE, DATA);
+    assert_eq!(handed_to(&handed_off), Some(OWNER));
+    let (_, arrival) = handed_on(&handed_off);
+    assert!(!arrival.known, "a guess is not handed off as knowledge");
+    let asks = Arrival { hops: 1, bypassed: Some(MemberId(0)), known: true, ..Arrival::WIRE };
+    assert_eq!(handed_to(&is_ignored(&presumed, asks, DATA)), Some(OWNER));
+    // Who knows the connection before alone knows nothing.
+    let suspect = World { suspect: Some(OWNER), ..presumed };
+    let knows = |birth: u64| {
+        let vintage = Vintage::of(&FlowEntry { birth, state: FlowState::Closing as u8, ..NO_ENTRY });
+        Arrival { hops: 1, bypassed: Some(MemberId(2)), known: true, vintage, ..Arrival::WIRE }
+    };
+    assert_eq!(suspect.decide(knows(entry.birth), DATA).verdict, Verdict::Forward(CONSISTENT));
+    assert_eq!(handed_to(&suspect.decide(knows(6 << 20), DATA)), Some(THIRD));
+    is_ignored(&World { leased: false, ..suspect.clone() }, Arrival::WIRE, DATA);
+    // A SYN that is ours to record is recorded, as if there were nothing.
+    let new = is_ignored(&suspect, Arrival::WIRE, tcp_flags::SYN);
+    assert_eq!((new.action, new.entry.flags), (Action::Insert, FlowFlags(0)));
 }
 
 #[test]
@@ -655,6 +753,6 @@ fn who_is_in_no_cluster_does_not_guess_where_a_connection_goes() {
     let new = alone.decide(Arrival::WIRE, tcp_flags::SYN);
     assert_eq!((new.verdict, new.action), (Verdict::Drop(DropReason::NotJoined), Action::Keep));
     // The twin: the owner with nobody left to ask recovers the flow.
-    let owner = World::of(OWNER).decide(Arrival { hops: MAX_HOPS, ..Arrival::WIRE }, DATA);
+    let owner = World::of(OWNER).decide(Arrival { hops: MAX_HOPS + 1, ..Arrival::WIRE }, DATA);
     assert_eq!((owner.verdict, owner.outcome), (Verdict::Forward(CONSISTENT), Outcome::Recovered));
 }

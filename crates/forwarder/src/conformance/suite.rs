@@ -28,6 +28,7 @@ pub(super) const ALL: &[(&str, Test)] = &[
     ("events tell of new, established, closing and expired flows", events),
     ("a holder that is not the owner reports flows it forwards", touches),
     ("a former holder's entry is asked for, and not believed", former),
+    ("what is presumed of a used tuple is the packet path's alone", presumed),
     ("birth is stamped once, protection holds for one version only", stamps),
     ("a flow that is not idle enough, or younger, is not removed", removal),
     ("a cached flow is forwarded, a flow of the table goes before it, and a flush returns it", cache),
@@ -343,8 +344,52 @@ fn former(start: &mut Start<'_>) {
     harness.forwarder().install(owner.plan()).expect("a plan");
     let unknown = format!("{HANDED} hops=1 knows=3 {{ip4 10.9.0.1>192.0.2.1 tcp 40011>80 A}}");
     assert_eq!(destination(&mut *harness, &unknown), ip("10.0.0.3"));
-    let guess = format!("{HANDED} hops=2 {{ip4 10.9.0.1>192.0.2.1 tcp 40011>80 A}}");
+    let guess = format!("{HANDED} hops=3 {{ip4 10.9.0.1>192.0.2.1 tcp 40011>80 A}}");
     assert_ne!(destination(&mut *harness, &guess), ip("10.0.0.3"));
+}
+
+/// As backup, with the end of the connection before, whose owner tells of the next one by the SYN itself.
+fn presumed(start: &mut Start<'_>) {
+    let mut world = World { row: vec![2, 1, 3], backend: 1, ..World::default() };
+    let mut harness = begin(start, &world);
+    let flow = key(FLOW);
+    let before = record(flow, 2, FlowState::Closing);
+    let told = format!("{HANDED} hops=1 knows=2 {{{SYN}}}");
+    let use_again = |harness: &mut dyn Harness| {
+        harness.forwarder().remove(&flow, 0, Duration::ZERO);
+        assert_eq!(harness.forwarder().upsert(&[before]), [Upserted::Applied]);
+        assert_eq!(destination(harness, &told), ip("10.0.0.2"));
+        assert_eq!(harness.forwarder().get(&flow), None);
+        harness.forwarder().visit(&RowSet::All, &mut |record| panic!("{record:?} is presumed"));
+        assert_eq!(take_events(harness.forwarder()), []);
+    };
+    use_again(&mut *harness);
+    // What was before does not come back, and what came after takes the place, ended or not.
+    assert_eq!(harness.forwarder().upsert(&[before]), [Upserted::Stale]);
+    let after = Record { birth: 101, ..before };
+    assert_eq!(harness.forwarder().upsert(&[after]), [Upserted::Applied]);
+    assert_eq!(harness.forwarder().get(&flow).map(|record| record.birth), Some(101));
+    // While the owner lives it has the word. When it does not, the flow goes where it would have sent it, and is ours to tell of.
+    use_again(&mut *harness);
+    assert_eq!(destination(&mut *harness, ACK), ip("10.0.0.2"));
+    world.liveness = vec![(2, Liveness::Suspect)];
+    world.previous = Some(vec![3, 1, 2]);
+    harness.forwarder().install(world.plan()).expect("a plan");
+    assert_eq!(destination(&mut *harness, ACK), ip("10.0.1.2"));
+    let [event] = &take_events(harness.forwarder())[..] else { panic!("one event") };
+    assert_eq!((event.kind, event.record.birth), (FlowEventKind::New, 0));
+    assert_eq!(event.record.flags, FlowFlags(FlowFlags::RECOVERED));
+    assert!(harness.forwarder().get(&flow).is_some_and(|record| record.flags.has(FlowFlags::RECOVERED)));
+    // Where neither happens it goes in time, as half-open flows do, and nobody hears of it.
+    world.liveness.clear();
+    harness.forwarder().install(world.plan()).expect("a plan");
+    use_again(&mut *harness);
+    let until = Instant::now() + Duration::from_secs(15);
+    while harness.forwarder().counters().half_open > 0 {
+        assert!(Instant::now() < until, "it never goes");
+        assert_eq!(take_events(harness.forwarder()), []);
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 fn removal(start: &mut Start<'_>) {

@@ -43,8 +43,17 @@ pub fn record_of(key: &FlowKey, entry: &FlowEntry, backend: BackendId, now_ms: u
     }
 }
 
+/// Whether the daemon is told of an entry when it asks: what is presumed is the packet path's alone.
+pub fn is_told(entry: &FlowEntry) -> bool {
+    !entry.flags.has(FlowFlags::PRESUMED)
+}
+
 /// Whether a record takes the place of an entry, whose backend is `backend` (`None`: nobody knows any more).
 pub fn is_replaced(entry: &FlowEntry, backend: Option<BackendId>, record: &Record) -> bool {
+    if entry.flags.has(FlowFlags::PRESUMED) {
+        // Its birth is that of the connection before the presumed one.
+        return record.birth > entry.birth;
+    }
     let version = Version {
         tcp: record.key.protocol == phalanx_flow::key::TCP,
         recovered: entry.flags.has(FlowFlags::RECOVERED),

@@ -37,7 +37,7 @@ use crate::plan::{NextHop, NextHops, Plan, PlanBackend, PlanMember, PlanService}
 use crate::{Counters, Drop, InstallError, RowSet, Upserted};
 pub use ahead::{Ahead, GROUP};
 pub use clock::Clock;
-use entry::{FLOW_STATES, entry_of, is_replaced, life, record_of, shortest_lives};
+use entry::{FLOW_STATES, entry_of, is_replaced, is_told, life, record_of, shortest_lives};
 pub use held::{Held, HeldFrame};
 pub use table::TableLimits;
 use table::{ByShare, FlowTable, Put, Shard};
@@ -861,7 +861,7 @@ impl Engine {
     /// See [`crate::Forwarder::get`].
     pub fn get(&self, key: &FlowKey) -> Option<Record> {
         let hash = self.hash(key);
-        let entry = self.table.shard(hash).get(hash, key).copied()?;
+        let entry = self.table.shard(hash).get(hash, key).copied().filter(is_told)?;
         record(&self.plan(), key, &entry, self.now_ms())
     }
 
@@ -871,7 +871,8 @@ impl Engine {
         let now_ms = self.now_ms();
         for shard in self.table.shards() {
             for (key, hash, entry) in shard.iter() {
-                if rows.contains(plan.row_of(key, hash))
+                if is_told(entry)
+                    && rows.contains(plan.row_of(key, hash))
                     && let Some(record) = record(&plan, key, entry, now_ms)
                 {
                     show(&record);
@@ -901,16 +902,25 @@ impl Engine {
                 continue;
             }
             shard.next_scan_ms = now_ms + SCAN_EVERY_MS;
-            for (key, _, entry) in shard.iter_mut() {
+            let mut presumed = Vec::new();
+            for (key, hash, entry) in shard.iter_mut() {
                 let idle_ms = now_ms.saturating_sub(entry.last_seen_ms);
                 // Nearly all: their service need not be looked for.
                 if idle_ms <= plan.shortest_life_ms[entry.flow_state() as usize] {
                     continue;
                 }
                 let life = life(&plan, key, entry);
-                if idle_ms > life.as_millis() as u64 {
-                    expired.extend(record(&plan, key, entry, now_ms));
+                if idle_ms <= life.as_millis() as u64 {
+                    continue;
                 }
+                if is_told(entry) {
+                    expired.extend(record(&plan, key, entry, now_ms));
+                } else {
+                    presumed.push((hash, *key));
+                }
+            }
+            for (hash, key) in presumed {
+                shard.remove(hash, &key);
             }
             let life_ms =
                 |key: &FlowKey| plan.service_of(key).map_or(0, |service| service.idle.as_millis() as u64);

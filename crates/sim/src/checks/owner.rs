@@ -21,7 +21,9 @@ impl Checker for OneOwner {
     fn ruled(&mut self, world: &World, ruling: &Ruling<'_>, findings: &mut Findings) {
         let node = &world.nodes[ruling.node];
         let silent = world.now.saturating_sub(node.ran);
-        if ruling.decision.action != Action::Insert || silent < world.settings.timing.confirm_after {
+        // What is presumed of others' flows is told to nobody.
+        let takes = ruling.decision.action == Action::Insert && ruling.decision.event.is_some();
+        if !takes || silent < world.settings.timing.confirm_after {
             return;
         }
         let heir = world.running().find(|other| {

@@ -358,9 +358,10 @@ impl Roles {
     #[inline(always)]
     fn believes<T: Tables>(&self, tables: &T, entry: &FlowEntry, arrival: &Arrival) -> bool {
         if entry.flags.has(FlowFlags::PRESUMED) {
-            // Nobody but who recorded the connection can know better, and it is that one's place that we take.
+            // Who recorded the connection knows better. Only in its place does this count.
             return self.local.leased
                 && self.acting_owner(tables) == self.local.slot
+                && !self.usable(tables, self.holder_with_us())
                 && !self.gives_way(entry, arrival);
         }
         // Of two members, who loses its lease has rather lost the other one (docs/design/0002-membership.md).

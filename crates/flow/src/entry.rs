@@ -153,6 +153,9 @@ impl FlowFlags {
     }
 }
 
+/// Above so many bits of a birth its milliseconds begin.
+pub const BIRTH_MS_BITS: u32 = 22;
+
 /// A flow table's value (the LTOC of claims 12 and 13; role and backup follow from the row).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -238,14 +241,14 @@ impl Vintage {
     const ENDED: u32 = 1 << 30;
     /// Its birth in steps of 2 ms; they wrap after 24 days. 0: not stamped yet, and later than any.
     const BIRTH: u32 = Self::ENDED - 1;
-    /// A birth counts milliseconds above 12 bits ([`FlowEntry::birth`]), and steps of 2 ms above so many.
-    const COUNTER_BITS: u32 = 13;
+    /// Above so many bits of a birth its steps of 2 ms begin.
+    const BELOW: u32 = BIRTH_MS_BITS + 1;
 
     /// That of `entry`.
     #[inline(always)]
     pub const fn of(entry: &FlowEntry) -> Self {
         #[expect(clippy::cast_possible_truncation, reason = "the low bits are what is wanted")]
-        let low = (entry.birth >> Self::COUNTER_BITS) as u32 & Self::BIRTH;
+        let low = (entry.birth >> Self::BELOW) as u32 & Self::BIRTH;
         let stamped = (entry.birth != 0) as u32;
         // 0 is taken.
         let birth = low | (low == 0) as u32 & stamped;

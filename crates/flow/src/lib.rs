@@ -50,8 +50,8 @@ pub mod table;
 
 pub use decide::{Arrival, Decision, Verdict, decide, decide_into};
 pub use entry::{
-    BackendId, BackendIndex, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowState, Method, Record,
-    Version, Vintage,
+    BIRTH_MS_BITS, BackendId, BackendIndex, FlowEntry, FlowEvent, FlowEventKind, FlowFlags, FlowState,
+    Method, Record, Version, Vintage,
 };
 pub use hash::{FlowSeed, RowFunction, flow_hash};
 pub use key::FlowKey;

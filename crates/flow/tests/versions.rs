@@ -6,7 +6,7 @@ use core::net::IpAddr;
 
 use phalanx_flow::key::{TCP, UDP};
 use phalanx_flow::{
-    BackendId, BackendIndex, FlowEntry, FlowFlags, FlowKey, FlowState, Method, Record, Vintage,
+    BIRTH_MS_BITS, BackendId, BackendIndex, FlowEntry, FlowFlags, FlowKey, FlowState, Method, Record, Vintage,
 };
 
 const STATES: [FlowState; 4] =
@@ -161,7 +161,7 @@ fn the_vintage_in_a_hand_off_orders_connections_as_their_records_are_ordered() {
     const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
     // Also where 30 bits of 2 ms wrap. (The very step of it counts as the next one.)
     for begin in [2, 1_800_000_000_000, (1 << 31) - 10, (1 << 31) + 2] {
-        let births = [0, 2, 4, 18, 2_000, DAY_MS, 12 * DAY_MS].map(|later| (begin + later) << 12);
+        let births = [0, 2, 4, 18, 2_000, DAY_MS, 12 * DAY_MS].map(|later| (begin + later) << BIRTH_MS_BITS);
         let kinds = [false, true].into_iter().flat_map(|recovered| STATES.map(|state| (recovered, state)));
         let records: Vec<Record> = kinds
             .flat_map(|(recovered, state)| {
@@ -181,6 +181,7 @@ fn the_vintage_in_a_hand_off_orders_connections_as_their_records_are_ordered() {
         }
     }
     // Made within 2 ms: one use of the tuple.
-    let [a, b] = [1, 2].map(|counter| record(TCP, false, FlowState::Established, 6 << 12 | counter, 0, 5));
+    let [a, b] =
+        [1, 2].map(|counter| record(TCP, false, FlowState::Established, 6 << BIRTH_MS_BITS | counter, 0, 5));
     assert!(!Vintage::of(&entry(&a)).is_replaced_by(Vintage::of(&entry(&b))));
 }

@@ -18,7 +18,10 @@ pub(crate) struct Events {
 }
 
 impl Events {
-    pub(crate) fn new(ring: RingBuf<MapData>) -> Self {
+    /// What is in a pinned ring already was told to a daemon that is gone, by now for who knows how long: it would be taken for news. What
+    /// nobody heard of it the control plane looks for in the table.
+    pub(crate) fn new(mut ring: RingBuf<MapData>) -> Self {
+        while ring.next().is_some() {}
         Self { ring, waiting: VecDeque::new() }
     }
 

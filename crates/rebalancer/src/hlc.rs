@@ -16,6 +16,8 @@ use phalanx_flow::MemberId;
 const COUNTER_BITS: u32 = 12;
 /// Bits of the mixed member id.
 const MEMBER_BITS: u32 = 10;
+/// What reads a birth's time (hand-offs do) reads it where it is.
+const _: () = assert!(COUNTER_BITS + MEMBER_BITS == phalanx_flow::BIRTH_MS_BITS);
 /// How far ahead of our clock a birth may be and still be followed; a clock further off is broken, and following it would spread.
 pub const MAX_AHEAD_MS: u64 = 24 * 3600 * 1000;
 

@@ -1,5 +1,6 @@
 //! The founding document's claims about one packet: 1, 2 and 15 to 17 (Figures 4-a, 4-b and 5).
 use super::*;
+use crate::entry::BIRTH_MS_BITS;
 use crate::packet::{Link, parse, samples};
 
 pub(super) const OWNER: MemberSlot = MemberSlot(0);
@@ -345,14 +346,15 @@ fn what_nobody_on_its_way_has_known_is_asked_of_one_holder_more_before_it_is_gue
 /// before alone.
 #[test]
 fn an_owner_without_a_lease_that_knows_nothing_leaves_it_to_its_backup() {
-    let ended = former(FlowState::Closing).map(|entry| FlowEntry { birth: 5 << 20, ..entry });
+    let ended = former(FlowState::Closing).map(|entry| FlowEntry { birth: 5 << BIRTH_MS_BITS << 1, ..entry });
     let asking = World { flow: ended, ..World::of(THIRD) };
     let (to, arrival) = handed_on(&asking.decide(Arrival::WIRE, DATA));
     assert_eq!((to, arrival.known), (OWNER, true));
     let owner = World { leased: false, ..World::of(OWNER) };
     let (to, arrival) = handed_on(&owner.decide(arrival, DATA));
     assert_eq!((to, arrival.known, arrival.bypassed), (BACKUP, true, Some(MemberId(2))));
-    let again = recorded().map(|entry| FlowEntry { backend: CONSISTENT, birth: 6 << 20, ..entry });
+    let again =
+        recorded().map(|entry| FlowEntry { backend: CONSISTENT, birth: 6 << BIRTH_MS_BITS << 1, ..entry });
     let backup = World { flow: again, ..World::of(BACKUP) };
     assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(CONSISTENT));
     // The twins: it knows nothing either, and there is nobody to leave it to.
@@ -417,7 +419,7 @@ fn an_owner_that_doubts_does_not_ask_who_asks_it() {
 
 /// `entry` of a connection that a SYN made so many milliseconds ago.
 fn made(entry: Option<FlowEntry>, ago: u64) -> Option<FlowEntry> {
-    entry.map(|entry| FlowEntry { birth: (1_800_000_000_000 - ago) << 12, ..entry })
+    entry.map(|entry| FlowEntry { birth: (1_800_000_000_000 - ago) << BIRTH_MS_BITS, ..entry })
 }
 
 /// Both doubt, or one of them, for whatever reason: the tuple's last use counts.
@@ -608,7 +610,7 @@ fn a_connection_that_has_ended_is_for_the_owner_to_know() {
 
 #[test]
 fn a_syn_on_a_used_tuple_tells_the_backup_before_it_reaches_a_backend() {
-    const BEFORE: u64 = 5 << 20;
+    const BEFORE: u64 = 5 << BIRTH_MS_BITS << 1;
     let ended = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, birth: BEFORE, ..entry });
     for hops in 0..MAX_HOPS {
         let owner = World { flow: ended, ..World::of(OWNER) };
@@ -658,7 +660,7 @@ fn what_is_presumed_yields_to_whoever_may_know() {
     let entry = FlowEntry {
         backend: CONSISTENT,
         flags: FlowFlags(FlowFlags::PRESUMED),
-        birth: 5 << 20,
+        birth: 5 << BIRTH_MS_BITS << 1,
         last_seen_ms: NOW_MS - 100,
         ..NO_ENTRY
     };
@@ -677,14 +679,17 @@ fn what_is_presumed_yields_to_whoever_may_know() {
     let asks = Arrival { hops: 1, bypassed: Some(MemberId(0)), known: true, ..Arrival::WIRE };
     assert_eq!(handed_to(&is_ignored(&presumed, asks, DATA)), Some(OWNER));
     // Who knows the connection before alone knows nothing.
-    let suspect = World { suspect: Some(OWNER), ..presumed };
+    let suspect = World { suspect: Some(OWNER), ..presumed.clone() };
     let knows = |birth: u64| {
         let vintage = Vintage::of(&FlowEntry { birth, state: FlowState::Closing as u8, ..NO_ENTRY });
         Arrival { hops: 1, bypassed: Some(MemberId(2)), known: true, vintage, ..Arrival::WIRE }
     };
     assert_eq!(suspect.decide(knows(entry.birth), DATA).verdict, Verdict::Forward(CONSISTENT));
-    assert_eq!(handed_to(&suspect.decide(knows(6 << 20), DATA)), Some(THIRD));
+    assert_eq!(handed_to(&suspect.decide(knows(6 << BIRTH_MS_BITS << 1), DATA)), Some(THIRD));
     is_ignored(&World { leased: false, ..suspect.clone() }, Arrival::WIRE, DATA);
+    // Nor has an owner that left the SYN to its backup while it had no lease.
+    let owner = World { local: OWNER, ..presumed.clone() };
+    assert_eq!(handed_to(&is_ignored(&owner, Arrival::WIRE, DATA)), Some(BACKUP));
     // A SYN that is ours to record is recorded, as if there were nothing.
     let new = is_ignored(&suspect, Arrival::WIRE, tcp_flags::SYN);
     assert_eq!((new.action, new.entry.flags), (Action::Insert, FlowFlags(0)));

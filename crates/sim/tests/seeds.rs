@@ -83,9 +83,9 @@ fn every_planted_fault_is_caught() {
     // Where to look first for what few seeds show; where it is not found there, all are searched (docs/testing.md has the table).
     let promising = [
         (Fault::CacheUsedForSyn, 36),
-        (Fault::RecoveredOverwrites, 69),
+        (Fault::RecoveredOverwrites, 65),
         (Fault::BootTakenForRefutation, 992),
-        (Fault::NoWindow, 113),
+        (Fault::NoWindow, 6),
     ];
     let mut missed = Vec::new();
     for fault in Fault::ALL {

@@ -106,8 +106,9 @@ impl Xdp {
         Self { forwarder, _pass: pass, router: packet_socket(router), interface: us, netlink, way }
     }
 
-    /// As new, with this plan: loading the program for each of the fixtures would take minutes. What is known of fragments stays.
-    fn again(&self, plan: Plan) {
+    /// Whether it is as new, with this plan: loading the program for each of the fixtures would take minutes. What is known of fragments
+    /// stays, and what is presumed of used tuples, which a visit does not show.
+    fn again(&self, plan: Plan) -> bool {
         self.forwarder.install(plan).expect("a plan");
         let mut keys = Vec::new();
         self.forwarder.visit(&RowSet::All, &mut |record| keys.push(record.key));
@@ -118,7 +119,8 @@ impl Xdp {
         let mut events = Vec::new();
         while self.forwarder.poll_events(&mut events, 1024) {}
         let counters = self.forwarder.counters();
-        assert_eq!((counters.flows, counters.half_open, counters.cached), (0, 0, 0));
+        assert_eq!((counters.flows, counters.cached), (0, 0));
+        counters.half_open == 0
     }
 
     /// Runs the program over a frame; what it sends.
@@ -302,8 +304,7 @@ fn the_loaded_program_decides_and_rewrites_every_fixture_as_the_host_does() {
                 let fragments = case.verdict.contains("fragmented")
                     || case.frames.iter().any(|frame| frame.contains(" id="));
                 let played = fixtures::play(&case, &mut |plan, limits| match &running {
-                    Some((same, xdp)) if *same == limits && !fragments => {
-                        xdp.again(plan);
+                    Some((same, xdp)) if *same == limits && !fragments && xdp.again(plan.clone()) => {
                         Box::new(Shared(Rc::clone(xdp)))
                     }
                     _ => {

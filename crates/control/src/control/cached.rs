@@ -66,15 +66,13 @@ impl Control {
     /// own stays: nobody would send it again.
     fn flush_departed(&self, change: &Change<'_>) -> Vec<Record> {
         let cached = self.forwarder.flush_cache();
+        let mut stays = cached.clone();
         if self.settings.flush_on_leave {
             let keys = cached.iter().map(|record| record.key);
             let departed: HashSet<FlowKey> = cache_entries_of_departed(change, keys).collect();
-            let stays: Vec<Record> =
-                cached.iter().filter(|record| !departed.contains(&record.key)).copied().collect();
-            self.forwarder.upsert_cache(&stays);
-        } else {
-            self.forwarder.upsert_cache(&cached);
+            stays.retain(|record| !departed.contains(&record.key));
         }
+        self.forwarder.upsert_cache(&stays);
         cached
     }
 

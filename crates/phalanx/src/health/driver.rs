@@ -106,7 +106,8 @@ pub struct HealthDriver {
 }
 
 impl HealthDriver {
-    /// Starts the checks. Every backend is taken for healthy until it denies it or is silent too often. Makes nothing in the kernel if no service has checks.
+    /// Starts the checks. Every backend is taken for healthy until it denies it or is silent too often. Makes nothing in the
+    /// kernel if no service has checks.
     pub fn start(
         config: &Config,
         sender: Arc<dyn ProbeSender>,

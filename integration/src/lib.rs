@@ -1,8 +1,8 @@
 //! Clusters in network namespaces: real processes, real clients and servers.
 //!
 //! The tests need root, the program (`cargo build --bin phalanx`), and one thread (`-- --test-threads=1`): they measure how long
-//! connections stall, and two sites at a time would measure each other. `PHALANX_KEEP=DIR` leaves the members' configurations and
-//! logs behind, a directory a test.
+//! connections stall, and two sites at a time would measure each other. A test that fails shows how the members' logs end;
+//! `PHALANX_KEEP=DIR` leaves all of them and the configurations behind, a directory a test.
 
 pub mod wire;
 
@@ -103,9 +103,42 @@ pub fn deviating(then: &[Event]) -> Vec<Event> {
 /// # Panics
 /// If the site cannot be built or run.
 pub fn run(options: LabOptions) -> Report {
+    checked(options, |_| ())
+}
+
+/// Runs the site, prints the report, and gives it to `check`. If the one or the other fails, prints how the members' logs end, too.
+fn checked(mut options: LabOptions, check: impl FnOnce(&Report)) -> Report {
+    let temporary = tempfile::Builder::new().prefix("phalanx-integration-").tempdir().expect("a directory");
+    let keep = options.keep.get_or_insert_with(|| temporary.path().to_owned());
+    let _logs = LogsOfAFailure(keep.clone());
     let report = lab::run(options).unwrap_or_else(|error| panic!("the lab failed: {error:#}"));
     println!("{report}\n");
+    check(&report);
     report
+}
+
+/// Prints, dropped in a panic, the end of each log in a directory.
+struct LogsOfAFailure(PathBuf);
+
+impl Drop for LogsOfAFailure {
+    fn drop(&mut self) {
+        const LINES: usize = 60;
+        if !std::thread::panicking() {
+            return;
+        }
+        let mut logs: Vec<PathBuf> =
+            std::fs::read_dir(&self.0).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        logs.retain(|path| path.extension().is_some_and(|extension| extension == "log"));
+        logs.sort();
+        for log in logs {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            println!("--- the end of {}:", log.file_name().unwrap_or_default().display());
+            for line in &lines[lines.len().saturating_sub(LINES)..] {
+                println!("{line}");
+            }
+        }
+    }
 }
 
 /// Runs the site and insists that no connection broke.
@@ -114,13 +147,13 @@ pub fn run(options: LabOptions) -> Report {
 /// If one did, if one was not opened or did not end in good order, or if anything else went wrong.
 pub fn lossless(options: LabOptions) -> Report {
     let wanted = u64::from(options.connections + options.uploads);
-    let report = run(options);
-    assert_eq!(report.broken, 0, "broken connections: {:?}", report.broken_causes);
-    assert_eq!(report.problems, [""; 0], "problems beside connections");
-    assert!(!report.interrupted);
-    assert!(report.opened >= wanted, "{} connections opened, {wanted} wanted", report.opened);
-    assert_eq!((report.opened, report.completed), (report.attempted, report.attempted));
-    report
+    checked(options, |report| {
+        assert_eq!(report.broken, 0, "broken connections: {:?}", report.broken_causes);
+        assert_eq!(report.problems, [""; 0], "problems beside connections");
+        assert!(!report.interrupted);
+        assert!(report.opened >= wanted, "{} connections opened, {wanted} wanted", report.opened);
+        assert_eq!((report.opened, report.completed), (report.attempted, report.attempted));
+    })
 }
 
 /// As [`lossless`], and insists that at least a third of the live connections deviated when the first member came or went:
@@ -140,10 +173,10 @@ pub fn lossless_with_a_third_deviating(options: LabOptions) -> Report {
 /// # Panics
 /// If none did, or if something did go wrong.
 pub fn lossy(options: LabOptions) -> Report {
-    let report = run(options);
-    assert!(report.broken > 0, "nothing broke: the test that has this twin proves nothing");
-    assert_eq!(report.problems, [""; 0], "problems beside connections");
-    report
+    checked(options, |report| {
+        assert!(report.broken > 0, "nothing broke: the test that has this twin proves nothing");
+        assert_eq!(report.problems, [""; 0], "problems beside connections");
+    })
 }
 
 /// Insists that [`Action::Upgrade`] came to each member, and that a third of the live connections deviated each time.

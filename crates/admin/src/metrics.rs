@@ -79,6 +79,7 @@ metrics! {
     GOSSIP_DROPPED = Counter "phalanx_gossip_dropped" ["reason"] "Gossip datagrams dropped, by reason (foreign, damaged, replayed, stale)";
     ECHOES_LOST = Counter "phalanx_echoes_lost" ["member"] "Hand-off echoes that the member's forwarder did not answer";
     RELOADS = Counter "phalanx_reloads" ["result"] "Reloads of the configuration, by result (done, refused)";
+    LOG_LINES_DROPPED = Counter "phalanx_log_lines_dropped" [] "Lines of the log dropped because stderr took too few";
     BUILD_INFO = Gauge "phalanx_build_info" ["version", "forwarder"] "1, with the program's version and forwarder";
     START_TIME = Gauge "phalanx_start_time_seconds" [] "When the daemon started, in seconds since 1970";
 }

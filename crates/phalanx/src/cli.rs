@@ -131,7 +131,7 @@ fn run(file: &Path, bpf_object: Option<PathBuf>) -> ExitCode {
     if bpf_object.is_some() {
         config.forwarder.bpf_object = bpf_object;
     }
-    logging::start(&config.log);
+    let _logging = logging::start(&config.log);
     match daemon::run(config) {
         Ok(daemon::Ended::Left) => ExitCode::SUCCESS,
         Ok(daemon::Ended::Refused(sentence)) => {

@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::control::{ControlDriver, HeldFlow, Question, Request};
 use super::peers::Peers;
 use crate::config::{Config, ServiceConfig};
+use crate::logging;
 
 /// Flows per backend are counted by a walk over the flow table, not more often than this.
 const BACKEND_FLOWS_EVERY: Duration = Duration::from_secs(2);
@@ -532,6 +533,7 @@ impl AdminSource for Source {
         push(&metrics::FOUND_BY_SCAN, &[], status.counters.found_by_scan);
         push(&metrics::RELOADS, &["done"], status.counters.reloads);
         push(&metrics::RELOADS, &["refused"], status.counters.reloads_refused);
+        push(&metrics::LOG_LINES_DROPPED, &[], logging::dropped_lines());
         push(&metrics::BUILD_INFO, &[env!("CARGO_PKG_VERSION"), self.forwarder_kind], 1);
         let started = self.started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         push(&metrics::START_TIME, &[], started.as_secs());

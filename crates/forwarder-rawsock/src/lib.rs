@@ -31,6 +31,7 @@ use phalanx_netlink::{BpfFilter, BpfInstruction, Link, Netlink};
 pub use error::StartError;
 use filter::{MAX_INSTRUCTIONS, Selection};
 use ring::Ring;
+use transmit::FrameSender;
 use worker::{Shared, ToClients, Worker};
 
 /// Where our filter stands on tc ingress: behind what an operator puts at the low numbers, and found again at the next start.
@@ -83,6 +84,7 @@ pub struct RawsockForwarder {
     data_address: IpAddr,
     links: Vec<Link>,
     sockets: Vec<Arc<OwnedFd>>,
+    frames: FrameSender,
     control: Mutex<Control>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -116,6 +118,8 @@ impl RawsockForwarder {
         let links =
             config.interfaces.iter().map(|name| usable(&mut netlink, name)).collect::<Result<Vec<_>, _>>()?;
 
+        let frames = FrameSender::open()
+            .map_err(|error| StartError::system("open a packet socket to send on", error))?;
         let mut workers = Vec::new();
         let mut sockets = Vec::new();
         let shared = Arc::new(Shared {
@@ -163,6 +167,7 @@ impl RawsockForwarder {
             data_address: config.data_address,
             links,
             sockets,
+            frames,
             control: Mutex::new(Control { netlink, selection }),
             threads: Mutex::new(threads),
         })
@@ -247,12 +252,12 @@ impl Forwarder for RawsockForwarder {
 
     fn send_echo(&self, to: MemberSlot, token: u64) -> Result<(), SendError> {
         let frame = rewrite::echo_frame(&self.engine.batch(), to, token)?;
-        Ok(transmit::send_one(frame.interface, &frame.bytes)?)
+        Ok(self.frames.send(frame.interface, &frame.bytes)?)
     }
 
     fn send_probe(&self, backend: &BackendId, ip_packet: &[u8]) -> Result<(), SendError> {
         let frame = rewrite::probe_frame(&self.engine.batch(), backend, ip_packet)?;
-        Ok(transmit::send_one(frame.interface, &frame.bytes)?)
+        Ok(self.frames.send(frame.interface, &frame.bytes)?)
     }
 
     fn discard_backlog(&self) {

@@ -14,7 +14,7 @@ use crate::abi::{self, Change, change};
 use crate::events::kind_of;
 use crate::maps::{Kind, now_ms};
 use crate::writer::Names;
-use crate::{XdpForwarder, lock, punts, read};
+use crate::{XdpForwarder, lock, read};
 
 impl XdpForwarder {
     pub(crate) fn record(
@@ -222,7 +222,7 @@ impl Forwarder for XdpForwarder {
 
     fn send_echo(&self, to: MemberSlot, token: u64) -> Result<(), SendError> {
         let frame = rewrite::echo_frame(&self.engine.batch(), to, token)?;
-        Ok(punts::send_frame(frame.interface, &frame.bytes)?)
+        Ok(self.frames.send(frame.interface, &frame.bytes)?)
     }
 
     fn poll_echoes(&self, tokens: &mut Vec<u64>) {
@@ -234,7 +234,7 @@ impl Forwarder for XdpForwarder {
 
     fn send_probe(&self, backend: &BackendId, ip_packet: &[u8]) -> Result<(), SendError> {
         let frame = rewrite::probe_frame(&self.engine.batch(), backend, ip_packet)?;
-        Ok(punts::send_frame(frame.interface, &frame.bytes)?)
+        Ok(self.frames.send(frame.interface, &frame.bytes)?)
     }
 
     /// Nothing waits here: the kernel processes a packet when it comes.

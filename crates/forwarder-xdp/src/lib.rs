@@ -96,6 +96,7 @@ pub struct XdpForwarder {
     names: Arc<RwLock<Names>>,
     writer: Mutex<Writer>,
     macs: Arc<Mutex<OwnMacs>>,
+    frames: Arc<punts::FrameSender>,
     /// Whether anything was put into the cache, now or by an earlier process: the program does without looking while it is empty.
     caching: AtomicBool,
     /// A plan of ours is in force, and no adopted one.
@@ -222,6 +223,9 @@ impl XdpForwarder {
         let macs = Arc::new(Mutex::new(macs));
         let names = Arc::new(RwLock::new(names));
         let stop = Arc::new(AtomicBool::new(false));
+        let frames = punts::FrameSender::open()
+            .map_err(|error| StartError::system("open a packet socket to send on", error))?;
+        let frames = Arc::new(frames);
         let entry = entry(&attached).map_err(|error| StartError::system("open the program", error))?;
         let worker = punts::Worker {
             ring: punts,
@@ -230,6 +234,7 @@ impl XdpForwarder {
             engine: Arc::clone(&engine),
             names: Arc::clone(&names),
             macs: Arc::clone(&macs),
+            frames: Arc::clone(&frames),
             stop: Arc::clone(&stop),
         };
         let punts = std::thread::Builder::new()
@@ -242,6 +247,7 @@ impl XdpForwarder {
             names,
             writer: Mutex::new(writer),
             macs,
+            frames,
             caching: AtomicBool::new(caching),
             installed: AtomicBool::new(adopted.is_none()),
             events: Mutex::new(Events::new(events)),

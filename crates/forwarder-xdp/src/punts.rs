@@ -44,6 +44,7 @@ pub(crate) struct Worker {
     pub(crate) engine: Arc<Engine>,
     pub(crate) names: Arc<RwLock<Names>>,
     pub(crate) macs: Arc<Mutex<OwnMacs>>,
+    pub(crate) frames: Arc<FrameSender>,
     pub(crate) stop: Arc<AtomicBool>,
 }
 
@@ -59,7 +60,7 @@ struct Waiting {
 impl Worker {
     pub(crate) fn run(mut self) {
         let mut scratch = Scratch::default();
-        let mut sender = Sender::open();
+        let mut sender = Sender::open(Arc::clone(&self.frames));
         let mut waiting = Waiting::default();
         while !self.stop.load(Ordering::Relaxed) {
             let idle = waiting.packets.is_empty() && waiting.fragments.waiting().next().is_none();
@@ -236,15 +237,16 @@ fn carry_out(
 
 /// Sends what comes of it.
 struct Sender {
+    frames: Arc<FrameSender>,
     v4: Option<Socket>,
     v6: Option<Socket>,
 }
 
 impl Sender {
-    fn open() -> Self {
+    fn open(frames: Arc<FrameSender>) -> Self {
         // IPPROTO_RAW: the packet brings its own header (raw(7)). A host without one family does without.
         let open = |domain| Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW))).ok();
-        Self { v4: open(Domain::IPV4), v6: open(Domain::IPV6) }
+        Self { frames, v4: open(Domain::IPV4), v6: open(Domain::IPV6) }
     }
 }
 
@@ -254,7 +256,7 @@ impl Sink for Sender {
     }
 
     fn copy(&mut self, interface: u32, frame: &[u8]) {
-        if let Err(error) = send_frame(interface, frame) {
+        if let Err(error) = self.frames.send(interface, frame) {
             tracing::debug!(%error, interface, "a frame was not sent");
         }
     }
@@ -278,28 +280,40 @@ impl Sink for Sender {
     fn pass(&mut self) {}
 }
 
-/// Sends one Ethernet frame on an interface.
-pub(crate) fn send_frame(interface: u32, frame: &[u8]) -> io::Result<()> {
-    let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
-    let address = libc::sockaddr_ll {
-        sll_family: libc::AF_PACKET as u16,
-        sll_protocol: 0,
-        sll_ifindex: interface.cast_signed(),
-        sll_hatype: 0,
-        sll_pkttype: 0,
-        sll_halen: 0,
-        sll_addr: [0; 8],
-    };
-    // SAFETY: frame and address live through the call, with their true lengths.
-    let sent = unsafe {
-        libc::sendto(
-            socket.as_raw_fd(),
-            frame.as_ptr().cast(),
-            frame.len(),
-            libc::MSG_DONTWAIT,
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_ll>() as u32,
-        )
-    };
-    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+/// Sends single Ethernet frames.
+///
+/// One socket for as long as the forwarder runs: closing a packet socket waits for an RCU grace period (`packet_release` in
+/// `net/packet/af_packet.c`), which takes tens of milliseconds, and seconds while the kernel verifies a BPF program.
+#[derive(Debug)]
+pub(crate) struct FrameSender(Socket);
+
+impl FrameSender {
+    pub(crate) fn open() -> io::Result<Self> {
+        Socket::new(Domain::PACKET, Type::RAW, None).map(Self)
+    }
+
+    /// Sends a frame at once, or not at all.
+    pub(crate) fn send(&self, interface: u32, frame: &[u8]) -> io::Result<()> {
+        let address = libc::sockaddr_ll {
+            sll_family: libc::AF_PACKET as u16,
+            sll_protocol: 0,
+            sll_ifindex: interface.cast_signed(),
+            sll_hatype: 0,
+            sll_pkttype: 0,
+            sll_halen: 0,
+            sll_addr: [0; 8],
+        };
+        // SAFETY: frame and address live through the call, with their true lengths.
+        let sent = unsafe {
+            libc::sendto(
+                self.0.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                libc::MSG_DONTWAIT,
+                (&raw const address).cast(),
+                size_of::<libc::sockaddr_ll>() as u32,
+            )
+        };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
 }

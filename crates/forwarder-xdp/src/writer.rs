@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use phalanx_flow::hash::RowFunction;
 use phalanx_flow::key::octets;
@@ -84,6 +85,8 @@ pub(crate) struct Writer {
     /// Blocks that the plan in force reads.
     rows_in_force: Vec<u32>,
     slots_in_force: Vec<u32>,
+    /// Waits for the packets that read the plan before the one in force; none if nobody does.
+    grace: Option<JoinHandle<()>>,
     /// Keys that each of the two plans has.
     services: [Vec<ServiceKey>; 2],
     failed: [Vec<FailedKey>; 2],
@@ -103,6 +106,7 @@ impl Writer {
             slots: (0..maps.slot_blocks).map(|_| Block::Free).collect(),
             rows_in_force: Vec::new(),
             slots_in_force: Vec::new(),
+            grace: None,
             services: [Vec::new(), Vec::new()],
             failed: [Vec::new(), Vec::new()],
             members: [Vec::new(), Vec::new()],
@@ -112,6 +116,8 @@ impl Writer {
     /// For maps that an earlier process left: what they say stays in force until the first plan.
     pub(crate) fn adopt(maps: &Maps) -> io::Result<(Self, Names, Header)> {
         let mut writer = Self::new(maps);
+        // It may have switched a moment ago.
+        wait_for_packets();
         writer.active = maps.active.get(&0)?.unwrap_or(0) & 1;
         let header = maps.headers.get(&writer.active)?.ok_or(io::ErrorKind::NotFound)?;
         writer.rows_in_force =
@@ -153,8 +159,8 @@ impl Writer {
         let Site { macs, caching, keep_hops } = site;
         let plan = &compiled.plan;
         let next = self.active ^ 1;
-        // Packets that still read what is overwritten now have ended once this returns.
-        wait_for_packets();
+        // Packets that still read what is overwritten now have ended then.
+        self.end_grace();
         let rows = self.rows_block(maps, &plan.rows, &[])?;
         let previous = match &plan.previous {
             Some(previous) => self.rows_block(maps, previous, &[rows])?,
@@ -187,9 +193,30 @@ impl Writer {
         maps.headers.put(&next, &header).map_err(refused("HEADERS"))?;
         maps.active.put(&0, &next).map_err(refused("ACTIVE"))?;
         self.active = next;
+        self.begin_grace();
         self.rows_in_force = [rows, previous].into_iter().filter(|block| *block != NO_BLOCK).collect();
         self.slots_in_force = blocks;
         Ok(())
+    }
+
+    /// From now on nobody begins to read the plan before. The next plan, which takes its place, is seldom there before nobody reads it at
+    /// all: whoever installs it does not wait for a grace period then, which takes seconds while the kernel verifies other programs.
+    fn begin_grace(&mut self) {
+        let thread = std::thread::Builder::new().name("phalanx-grace".to_owned()).spawn(wait_for_packets);
+        self.grace = match thread {
+            Ok(thread) => Some(thread),
+            Err(_) => {
+                wait_for_packets();
+                None
+            }
+        };
+    }
+
+    fn end_grace(&mut self) {
+        if let Some(thread) = self.grace.take() {
+            // It cannot panic.
+            let _ = thread.join();
+        }
     }
 
     /// The block that has these rows; written if none has.

@@ -40,12 +40,17 @@ pub(crate) struct Lost {
 impl Lost {
     /// These have gone from a table of so many, whose rows are `rows`.
     pub(crate) fn add(&mut self, gone: impl Iterator<Item = MemberId>, table: (Arc<[Row]>, usize)) {
-        let before = self.members.len();
-        self.members.extend(gone);
-        if self.members.len() > before {
-            self.table.get_or_insert(table);
-            self.doubted = true;
+        let gone: Vec<MemberId> = gone.filter(|member| !self.members.contains(member)).collect();
+        if gone.is_empty() {
+            return;
         }
+        if !self.doubted {
+            // Those before are believed to be down, and what their table said of rows has changed hands since.
+            *self = Self::default();
+        }
+        self.members.extend(gone);
+        self.table.get_or_insert(table);
+        self.doubted = true;
     }
 
     /// These are (again) in the view.

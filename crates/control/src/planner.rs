@@ -588,14 +588,16 @@ impl Planner {
         self.current.gives(member, row) || self.past.iter().any(|past| past.ranking.gives(member, row))
     }
 
+    /// Whether the table in force gives `member` the flow, or that of the pending view.
+    pub fn gives_from_now_on(&self, member: MemberId, key: &FlowKey) -> bool {
+        let row = self.current.row_of(key);
+        let pending = self.pending.as_ref().map(|pending| &pending.ranking);
+        [&self.current].into_iter().chain(pending).any(|table| table.gives(member, row))
+    }
+
     /// Whether any table that counts gives `member` the flow: as [`Self::gives`], or that of the pending view.
     pub fn gives_or_will(&self, member: MemberId, key: &FlowKey) -> bool {
-        let row = self.current.row_of(key);
-        let mut tables = [&self.current]
-            .into_iter()
-            .chain(self.pending.as_ref().map(|pending| &pending.ranking))
-            .chain(self.past.iter().map(|past| &past.ranking));
-        tables.any(|table| table.gives(member, row))
+        self.gives(member, key) || self.gives_from_now_on(member, key)
     }
 
     /// The table of the pending view, while a change is planned.

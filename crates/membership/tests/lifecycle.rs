@@ -794,6 +794,22 @@ fn a_start_that_resumes_is_active_to_the_others_from_its_first_word_on() {
     }
 }
 
+/// With a table of those alone whom it has met by then it would ask the wrong members, and take itself for the owner of most rows.
+#[test]
+fn a_start_that_resumes_is_active_once_it_knows_all_who_are_there() {
+    for seed in 0..20 {
+        let mut cluster = settled(5, seed);
+        cluster.kill(1);
+        cluster.run_for(SECOND / 2);
+        cluster.start(1, Config { resume: true, ..adopted(2) }).unwrap();
+        let is_active = |cluster: &Cluster| {
+            cluster.membership(1).is_some_and(|member| member.state() == MemberState::Active)
+        };
+        cluster.run_until(5 * SECOND, is_active).expect("active");
+        assert_eq!(cluster.membership(1).unwrap().view().members.len(), 5, "seed {seed}");
+    }
+}
+
 #[test]
 fn a_start_that_does_not_resume_is_seen_joining_even_with_its_old_boot() {
     assert!(others_saw_another_view(1, adopted(2)));

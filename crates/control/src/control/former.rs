@@ -111,12 +111,23 @@ impl Control {
         set_former(&*self.forwarder, &RowSet::from_rows(ours), false);
     }
 
-    /// Records have come: those that no table gives us stay for a while, but are not believed.
+    /// Records have come: those that neither the table in force nor the pending one gives us are not believed, and those that no table at
+    /// all gives us stay for a while. That a table before gave us the row is no reason to believe it: not everybody who records what becomes
+    /// of the flow knows of that table, a member that has just started least of all.
     pub(super) fn mark_strangers(&mut self, now: Instant, records: &[Record]) {
-        let strangers: Vec<FlowKey> =
-            records.iter().map(|record| record.key).filter(|key| !self.is_ours(key)).collect();
-        if !strangers.is_empty() {
-            self.forwarder.set_former(&strangers, true);
+        let local = self.settings.local;
+        let mut former = Vec::new();
+        let mut stranger = false;
+        for key in records.iter().map(|record| record.key) {
+            if !self.planner.gives_from_now_on(local, &key) {
+                former.push(key);
+                stranger |= !self.planner.gives(local, &key);
+            }
+        }
+        if !former.is_empty() {
+            self.forwarder.set_former(&former, true);
+        }
+        if stranger {
             self.strangers_until = Some(now + STRANGERS_STAY);
             self.sweep_at.get_or_insert(now + STRANGERS_STAY);
         }

@@ -414,6 +414,36 @@ fn who_has_lost_half_of_the_members_asks_them_until_it_is_sure_that_they_are_dow
     assert!(!site.members[&1].0.planner().lost_half());
 }
 
+/// Members 3 and 4 are lost, and believed to be down; rows change hands; then another one is lost.
+#[test]
+fn who_was_lost_before_the_last_one_and_is_believed_to_be_down_is_asked_no_more() {
+    for believed in [true, false] {
+        let mut site = Site::new(&[1, 2, 3, 4, 5]);
+        let services = [vec![RankedBackend { id: backend(), weight: 1 }]];
+        let now = site.now;
+        site.members.get_mut(&1).expect("there").0.set_usable(now, &services);
+        site.see(&[1, 2, 3, 4, 5], &[], 1, None);
+        site.pass(LINGER + 4 * TICK);
+        site.see(&[1, 2, 5], &[], 2, None);
+        site.see(&[1, 2], &[], 3, None);
+        if believed {
+            let packet = frame("ip4 198.51.100.8>192.0.2.1 tcp 2000>80 A");
+            site.forwarder(1).inject(&packet, Link::Ethernet, 1);
+            site.pass(crate::lost::DOUBT + 4 * TICK);
+        }
+        assert!(site.members[&1].0.planner().lost_half());
+        site.see(&[1], &[], 4, None);
+        let plan = site.members[&1].0.planner().plan();
+        let doubted = plan.members.iter().filter(|member| member.liveness == Liveness::Suspect);
+        let doubted: Vec<u32> = doubted.map(|member| member.id.0).collect();
+        assert_eq!(doubted, if believed { vec![2] } else { vec![2, 3, 4, 5] });
+        // Nobody else stands in the rows by which it asks.
+        let asked = plan.previous.expect("rows");
+        let slot_of_3 = site.members[&1].0.planner().slot_of(MemberId(3));
+        assert_eq!(asked.iter().any(|row| row.ranks.contains(&slot_of_3)), !believed);
+    }
+}
+
 #[test]
 fn who_has_lost_less_than_half_asks_nobody_who_is_gone() {
     let mut site = Site::new(&[1, 2, 3, 4]);

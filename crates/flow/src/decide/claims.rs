@@ -452,6 +452,25 @@ fn of_two_members_that_have_the_flow_the_one_with_the_newer_record_forwards() {
     }
 }
 
+/// The owner is new, so that it would rather ask about what has ended; but who asks it has said already what it has.
+#[test]
+fn an_owner_that_is_asked_does_not_ask_back() {
+    let ended = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });
+    let owner = World {
+        flow: made(ended, 100),
+        previous: Some([BACKUP, MemberSlot::NONE, MemberSlot::NONE]),
+        ..World::of(OWNER)
+    };
+    let backup = World { flow: made(ended, 60_000), ..World::of(BACKUP) };
+    let (to, arrival) = handed_on(&backup.decide(Arrival::WIRE, DATA));
+    assert_eq!((to, arrival.known), (OWNER, true));
+    assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+    // The twins: what the backup has is newer, or it has said nothing.
+    let newer = Arrival { vintage: Vintage::of(&made(ended, 10).unwrap()), ..arrival };
+    assert_eq!(handed_to(&owner.decide(newer, DATA)), Some(BACKUP));
+    assert_eq!(handed_to(&owner.decide(Arrival::WIRE, DATA)), Some(BACKUP));
+}
+
 #[test]
 fn a_hand_off_says_which_record_its_sender_has() {
     let third = World { flow: made(former(FlowState::Established), 10), ..World::of(THIRD) };

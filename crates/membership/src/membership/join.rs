@@ -36,6 +36,9 @@ const ACQUAINTANCES_TRIED: usize = 3;
 /// A joiner that was refused does not turn active alone for this long: the cluster it should be in is there.
 const REFUSAL_HOLDS: Duration = Duration::from_secs(10);
 
+/// Rounds of gossip that a member which resumes lets pass after it has met somebody, before it is active: meanwhile it hears of the others.
+const RESUMES_AFTER: u32 = 4;
+
 /// How long a joiner waits for the metadata of members it has heard of, before it goes ahead without.
 const METADATA_WAIT: Duration = Duration::from_secs(1);
 
@@ -437,7 +440,10 @@ impl Membership {
                 self.wish_push_pull();
             }
             let met = self.joining.met_active.unwrap_or(now);
-            if self.wish.is_none() && (all_known || now.saturating_duration_since(met) >= METADATA_WAIT) {
+            let waited = now.saturating_duration_since(met);
+            // Who resumes has a table of all who were there. It comes back to one of all who are there: who is met first names the others.
+            let settled = !self.is_resuming() || waited >= self.config.timing.gossip_interval * RESUMES_AFTER;
+            if self.wish.is_none() && (all_known && settled || waited >= METADATA_WAIT) {
                 if self.is_resuming() {
                     // It is what the others know it as; if they have taken it out meanwhile, they meet it as another side.
                     self.activate_alone(now);

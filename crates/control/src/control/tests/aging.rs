@@ -202,6 +202,31 @@ fn what_is_left_over_when_the_window_closes_is_not_believed() {
     assert!(lost.iter().all(|n| !site.has(1, *n)));
 }
 
+/// Who has just started knows of no table before, and tells it nothing of what becomes of the flow.
+#[test]
+fn what_others_send_for_a_table_that_is_in_force_no_more_is_kept_and_not_believed() {
+    let mut site = Site::new(&[1, 2, 3]);
+    site.see(&[1, 2], &[], 1, None);
+    site.pass(LINGER + 4 * TICK);
+    site.see(&[1, 2, 3], &[], 2, None);
+    let held_before = flows(|n| !site.holders(*n).contains(&1), 10);
+    let holds = flows(|n| site.holders(*n).contains(&1), 10);
+    let records = |flows: &[u16]| flows.iter().map(|n| record(*n)).collect::<Vec<Record>>();
+    let holders = [(MemberId(1), [records(&held_before), records(&holds)].concat())].into();
+    let (now, sent) = (site.now, TransferPlan { holders, ..TransferPlan::default() });
+    site.control(2).replicator.begin_transfer(now, sent);
+    site.pass(4 * TICK);
+    assert!(held_before.iter().all(|n| site.is_former(1, *n)));
+    assert!(holds.iter().all(|n| site.has(1, *n) && !site.is_former(1, *n)), "the twin");
+    assert_eq!(
+        site.control(1).strangers_until,
+        None,
+        "it is no stranger: it stays until the window closes, and no longer"
+    );
+    site.pass(LINGER);
+    assert!(!held_before.iter().any(|n| site.has(1, *n)));
+}
+
 /// 20 flows of member 1 with 2 as backup, and which of them 2 holds. Member 2 has no room for the others.
 fn half_held(site: &Site) -> (Vec<u16>, Vec<u16>) {
     let table = site.table();

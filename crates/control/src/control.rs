@@ -118,6 +118,8 @@ pub struct Control {
     replicator: Replicator,
     forwarder: Arc<dyn Forwarder>,
     view: Arc<View>,
+    /// Our lists of backends, as the others know them, and since when.
+    backends: (Digest, Option<Instant>),
     linger: Duration,
     window_opened: Option<Instant>,
     /// When entries that no table gives us are to be dropped.
@@ -166,6 +168,7 @@ impl Control {
             replicator,
             forwarder,
             view: Arc::default(),
+            backends: (Digest::default(), None),
             linger,
             window_opened: None,
             sweep_at: None,
@@ -252,6 +255,11 @@ impl Control {
         let suspected = suspects(&suspected);
         let resumed = self.resumed.take();
         let own = view.get(self.settings.local);
+        if let Some(backends) = own.map(|own| own.metadata.backends)
+            && backends != self.backends.0
+        {
+            self.backends = (backends, Some(now));
+        }
         if resumed.is_some_and(|boot| own.is_some_and(|own| own.boot != boot)) {
             // The others know a later start of this member, which had not these flows.
             forget_flows(&*self.forwarder);
@@ -277,7 +285,11 @@ impl Control {
         let still = suspects(&view);
         if lost || !still.is_empty() {
             let newly = !still.is_subset(&suspected) || lost && suspected.is_empty();
-            self.planner.note_missing(now, newly);
+            let agree = |id: &MemberId| {
+                view.get(*id).is_some_and(|missing| missing.metadata.backends == self.backends.0)
+            };
+            let agreed = (!still.is_empty() && still.iter().all(agree)).then_some(self.backends.1);
+            self.planner.note_missing(now, newly, agreed.flatten());
         }
         if digest_changed || change.is_some() {
             self.view_changes += 1;

@@ -722,10 +722,12 @@ impl Planner {
     ///
     /// For [`UNSETTLED`] from `now` what nobody knows goes by the backends of the time when that one was last heard
     /// ([`PlanService::earlier`]): what it forwarded and told nobody, it forwarded by those.
-    pub fn note_missing(&mut self, now: Instant, newly: bool) {
+    ///
+    /// `agreed`: since when those that are missing are known to have had our lists of backends, if they have said so.
+    pub fn note_missing(&mut self, now: Instant, newly: bool, agreed: Option<Instant>) {
         let last_heard = match self.last_heard {
             Some((at, _)) if !newly => at,
-            _ => now.checked_sub(LAST_HEARD).unwrap_or(now),
+            _ => agreed.max(now.checked_sub(LAST_HEARD)).unwrap_or(now),
         };
         self.last_heard = Some((last_heard, now + UNSETTLED));
     }

@@ -320,7 +320,7 @@ fn what_slots_were_when_a_member_was_last_heard_counts_for_a_while_after_it_is_m
         earlier.map(|slots| if slots == before { "before" } else { "others" })
     };
     // A service that has just got its first backends had no others, whoever is missing.
-    planner.note_missing(after(500), true);
+    planner.note_missing(after(500), true, None);
     assert_eq!(earlier(&planner), None);
     assert!(planner.settle(after(20_000)));
 
@@ -328,21 +328,31 @@ fn what_slots_were_when_a_member_was_last_heard_counts_for_a_while_after_it_is_m
     let one = service(&[2]);
     planner.set_usable(0, &ranked(&one), after(99_500));
     assert_eq!(earlier(&planner), None, "nobody is missing");
-    planner.note_missing(after(100_000), true);
+    planner.note_missing(after(100_000), true, None);
     assert_eq!(earlier(&planner), Some("before"));
     planner.set_usable(0, &ranked(&two), after(101_000));
-    planner.note_missing(after(104_000), false);
+    planner.note_missing(after(104_000), false, None);
     assert_eq!(earlier(&planner), Some("before"), "it is still the same one");
     let _ = planner.settle(after(113_000));
     assert_eq!(earlier(&planner), Some("before"), "its time counts from when it was missing last");
     // Another one, which was heard after the first change.
-    planner.note_missing(after(101_500), true);
+    planner.note_missing(after(101_500), true, None);
     assert_eq!(earlier(&planner), Some("others"));
     assert!(planner.settle(after(111_500)));
     assert_eq!(earlier(&planner), None);
     // The twin: what had changed long before.
-    planner.note_missing(after(200_000), true);
+    planner.note_missing(after(200_000), true, None);
     assert_eq!(earlier(&planner), None);
+
+    // It changed half a second before, and the one that is missing has said that it knows; or has not.
+    for (agreed, expected) in [(Some(after(299_510)), None), (None, Some("others"))] {
+        planner.set_usable(0, &ranked(&two), after(290_000));
+        assert!(!planner.settle(after(299_000)) || earlier(&planner).is_none());
+        planner.set_usable(0, &ranked(&one), after(299_500));
+        planner.note_missing(after(300_000), true, agreed);
+        assert_eq!(earlier(&planner).map(|_| "others"), expected);
+        let _ = planner.settle(after(320_000));
+    }
 }
 
 #[test]

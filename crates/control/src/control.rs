@@ -288,8 +288,8 @@ impl Control {
             let agree = |id: &MemberId| {
                 view.get(*id).is_some_and(|missing| missing.metadata.backends == self.backends.0)
             };
-            let agreed = (!still.is_empty() && still.iter().all(agree)).then_some(self.backends.1);
-            self.planner.note_missing(now, newly, agreed.flatten());
+            let agreed = self.backends.1.filter(|_| !still.is_empty() && still.iter().all(agree));
+            self.planner.note_missing(now, newly, agreed);
         }
         if digest_changed || change.is_some() {
             self.view_changes += 1;

@@ -26,12 +26,11 @@ use phalanx_forwarder::engine::{Engine, TableLimits};
 use phalanx_forwarder::{
     Counters, Drop as Reason, Forwarder, InstallError, Plan, SendError, forward_to_engine, rewrite,
 };
-use phalanx_netlink::{BpfFilter, BpfInstruction, Link, Netlink};
+use phalanx_netlink::{BpfFilter, BpfInstruction, FrameSender, Link, Netlink};
 
 pub use error::StartError;
 use filter::{MAX_INSTRUCTIONS, Selection};
 use ring::Ring;
-use transmit::FrameSender;
 use worker::{Shared, ToClients, Worker};
 
 /// Where our filter stands on tc ingress: behind what an operator puts at the low numbers, and found again at the next start.

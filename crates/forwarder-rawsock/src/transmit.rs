@@ -156,36 +156,6 @@ fn sender(interface: u32, has_headers: bool) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Sends single frames of the daemon's own, beside the packets that are forwarded.
-///
-/// One socket for as long as the forwarder runs: closing a packet socket waits for an RCU grace period (`packet_release` in
-/// `net/packet/af_packet.c`), which takes tens of milliseconds, and seconds while the kernel verifies a BPF program.
-#[derive(Debug)]
-pub(crate) struct FrameSender(OwnedFd);
-
-impl FrameSender {
-    pub(crate) fn open() -> io::Result<Self> {
-        ring::packet_socket().map(Self)
-    }
-
-    /// Sends a frame at once, or not at all.
-    pub(crate) fn send(&self, interface: u32, frame: &[u8]) -> io::Result<()> {
-        let address = ring::link_address(interface, 0);
-        // SAFETY: frame and address live through the call, with their true lengths.
-        let sent = unsafe {
-            libc::sendto(
-                self.0.as_raw_fd(),
-                frame.as_ptr().cast(),
-                frame.len(),
-                libc::MSG_DONTWAIT,
-                (&raw const address).cast(),
-                size_of_val(&address) as libc::socklen_t,
-            )
-        };
-        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
-}
-
 impl Queue {
     fn open(interface: u32) -> io::Result<Self> {
         let (plain, headed) = (sender(interface, false)?, sender(interface, true)?);

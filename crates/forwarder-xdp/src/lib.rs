@@ -43,6 +43,7 @@ use phalanx_flow::decide::DropReason;
 use phalanx_flow::{BackendId, FlowEntry, FlowKey};
 use phalanx_forwarder::engine::{Engine, TableLimits};
 use phalanx_forwarder::{Drop as Reason, InstallError, Plan};
+use phalanx_netlink::FrameSender;
 
 use abi::drops;
 pub use error::StartError;
@@ -96,7 +97,7 @@ pub struct XdpForwarder {
     names: Arc<RwLock<Names>>,
     writer: Mutex<Writer>,
     macs: Arc<Mutex<OwnMacs>>,
-    frames: Arc<punts::FrameSender>,
+    frames: Arc<FrameSender>,
     /// Whether anything was put into the cache, now or by an earlier process: the program does without looking while it is empty.
     caching: AtomicBool,
     /// A plan of ours is in force, and no adopted one.
@@ -223,7 +224,7 @@ impl XdpForwarder {
         let macs = Arc::new(Mutex::new(macs));
         let names = Arc::new(RwLock::new(names));
         let stop = Arc::new(AtomicBool::new(false));
-        let frames = punts::FrameSender::open()
+        let frames = FrameSender::open()
             .map_err(|error| StartError::system("open a packet socket to send on", error))?;
         let frames = Arc::new(frames);
         let entry = entry(&attached).map_err(|error| StartError::system("open the program", error))?;

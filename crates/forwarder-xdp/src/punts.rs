@@ -18,6 +18,7 @@ use phalanx_flow::{
 use phalanx_forwarder::Drop as Reason;
 use phalanx_forwarder::engine::{Engine, Held, HeldFrame};
 use phalanx_forwarder::rewrite::{self, Offload, Scratch, Sink};
+use phalanx_netlink::FrameSender;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::abi::{Punt, punt};
@@ -278,42 +279,4 @@ impl Sink for Sender {
     }
 
     fn pass(&mut self) {}
-}
-
-/// Sends single Ethernet frames.
-///
-/// One socket for as long as the forwarder runs: closing a packet socket waits for an RCU grace period (`packet_release` in
-/// `net/packet/af_packet.c`), which takes tens of milliseconds, and seconds while the kernel verifies a BPF program.
-#[derive(Debug)]
-pub(crate) struct FrameSender(Socket);
-
-impl FrameSender {
-    pub(crate) fn open() -> io::Result<Self> {
-        Socket::new(Domain::PACKET, Type::RAW, None).map(Self)
-    }
-
-    /// Sends a frame at once, or not at all.
-    pub(crate) fn send(&self, interface: u32, frame: &[u8]) -> io::Result<()> {
-        let address = libc::sockaddr_ll {
-            sll_family: libc::AF_PACKET as u16,
-            sll_protocol: 0,
-            sll_ifindex: interface.cast_signed(),
-            sll_hatype: 0,
-            sll_pkttype: 0,
-            sll_halen: 0,
-            sll_addr: [0; 8],
-        };
-        // SAFETY: frame and address live through the call, with their true lengths.
-        let sent = unsafe {
-            libc::sendto(
-                self.0.as_raw_fd(),
-                frame.as_ptr().cast(),
-                frame.len(),
-                libc::MSG_DONTWAIT,
-                (&raw const address).cast(),
-                size_of::<libc::sockaddr_ll>() as u32,
-            )
-        };
-        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
 }

@@ -439,7 +439,7 @@ const _: () = assert!(size_of::<FibLookup>() == 64);
 
 /// Where programs stand in the table of tail calls.
 pub mod stage {
-    /// Decides and records.
+    /// Decides.
     pub const DECIDE: u32 = 0;
     /// Encapsulates towards a backend.
     pub const FORWARD: u32 = 1;
@@ -461,8 +461,10 @@ pub mod stage {
     pub const SYN4: u32 = 9;
     /// The same of IPv6.
     pub const SYN6: u32 = 10;
+    /// Records.
+    pub const RECORD: u32 = 11;
     /// How many there are.
-    pub const COUNT: u32 = 11;
+    pub const COUNT: u32 = 12;
 }
 
 /// Programs by their stage; the entry, which is attached, is [`ENTRY`].
@@ -478,6 +480,7 @@ pub const STAGES: [&str; stage::COUNT as usize] = [
     "phalanx_v6",
     "phalanx_syn4",
     "phalanx_syn6",
+    "phalanx_record",
 ];
 /// The program that is attached.
 pub const ENTRY: &str = "phalanx";

@@ -3,7 +3,7 @@
 //! ```text
 //!  daemon ── install, next hops ──► Writer ──► maps: two plans, one word says which ──┐
 //!         ── lease, upsert, stamp ───────────► maps, phalanx_apply ──────────────────┐│
-//!         ◄─ events ─────────────────────────── ring ◄── phalanx_decide ◄── phalanx ◄┴┴─ packets
+//!         ◄─ events ─────────────────────────── ring ◄── phalanx_record ◄── phalanx ◄┴┴─ packets
 //!         ◄─ too big, TTL, handed-off pings ─── ring ◄── phalanx_punt
 //! ```
 //! The flow table is a map of the kernel's. With a pin directory it outlives the process, and so do the programs: a daemon that was

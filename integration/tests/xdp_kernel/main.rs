@@ -21,6 +21,7 @@ use phalanx_forwarder::conformance::frames::{OUR_MAC, frame};
 use phalanx_forwarder::conformance::world::{OUR_ADDRESS, World, backends, ip};
 use phalanx_forwarder::engine::TableLimits;
 use phalanx_forwarder::{Drop as Reason, Forwarder, RowSet, Upserted};
+use phalanx_forwarder_xdp::abi::STAGES;
 use phalanx_forwarder_xdp::object::map_sizes;
 use phalanx_forwarder_xdp::{Config, StartError, XdpForwarder, pinned_entries};
 use phalanx_integration::open_directory;
@@ -400,6 +401,24 @@ fn the_kernel_makes_the_tables_of_flows_as_large_as_it_is_told() {
     }
     assert_eq!(pinned_entries(&pins, "FLOWS4"), Some(1_000_000));
     assert_eq!(pinned_entries(&pins, "NOTHING"), None);
+}
+
+/// What the verifier follows of a program grows by leaps with each question that the decision asks, and another kernel's counts otherwise.
+#[test]
+fn the_verifier_takes_every_program_with_room_to_spare() {
+    /// Of the million that it follows before it refuses (`BPF_COMPLEXITY_LIMIT_INSNS`).
+    const ALLOWED: u32 = 600_000;
+    let _site = start(TableLimits::default());
+    let verified: Vec<u32> = std::fs::read_dir("/proc/self/fdinfo")
+        .expect("our files")
+        .filter_map(|file| std::fs::read_to_string(file.ok()?.path()).ok())
+        .filter_map(|info| {
+            info.lines().find_map(|line| line.strip_prefix("verified_insns:")?.trim().parse().ok())
+        })
+        .collect();
+    assert!(verified.len() > STAGES.len(), "the stages, and where packets come in: {verified:?}");
+    let largest = verified.iter().max().expect("some");
+    assert!((50_000..ALLOWED).contains(largest), "{verified:?}");
 }
 
 /// A switch floods what is for a host that it does not know; if members forwarded it, each would forward what the others had forwarded.

@@ -1,10 +1,10 @@
 //! The XDP program: glue around `phalanx-flow`, which decides.
 //!
 //! ```text
-//!  wire ─► phalanx: parse ─┬────────────────► decide ─┬─► forward  ─► XDP_TX, redirect
-//!                          └─► open a hand-off ─┘     ├─► hand_off ─► XDP_TX, redirect
-//!                                  └─► reply (echo)   ├─► reply (ping)
-//!                                                     └─► punt: too big, TTL, a fragment before its first
+//!  wire ─► phalanx: parse ─┬────────────────► decide ─┬──────────┬─► forward  ─► XDP_TX, redirect
+//!                          └─► open a hand-off ─┘     └─► record ┼─► hand_off ─► XDP_TX, redirect
+//!                                  └─► reply (echo)              ├─► reply (ping)
+//!                                                                └─► punt: too big, TTL, a fragment before its first
 //! ```
 //! Each stage is a program of its own, reached by a tail call, because the stack has 512 bytes; what a stage tells the next
 //! stands in [`Work`], one for each CPU: XDP runs to its end on the CPU where it began.

@@ -11,6 +11,7 @@ use crate::abi::{
     MemberKey, PLANS, Ports, ROW_BLOCKS, ROWS, SLOTS, ServiceKey, ServiceValue, stage,
 };
 use crate::sets::HalfOpenSet;
+use crate::tables::Place;
 
 /// Which plan is in force: the one word that switches.
 #[map]
@@ -112,6 +113,8 @@ pub(crate) struct Work {
     pub(crate) packet: Packet,
     pub(crate) arrival: phalanx_flow::Arrival,
     pub(crate) decision: Decision,
+    /// Where the entry that the decision is about was found.
+    pub(crate) place: Place,
     /// The plan that the whole packet sees.
     pub(crate) plan: u32,
     /// 1: the frame starts with the IP header.

@@ -4,6 +4,7 @@ mod answer;
 mod decide;
 mod enter;
 mod open;
+mod record;
 mod send;
 mod syn;
 

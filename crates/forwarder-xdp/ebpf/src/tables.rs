@@ -22,6 +22,7 @@ use crate::maps::{
 
 /// Where an entry was found.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 pub(crate) enum Place {
     Nowhere,
     Flows,
@@ -38,9 +39,11 @@ pub(crate) struct View<const FAST: bool> {
     words: [u64; 5],
     block: Cell<u32>,
     earlier: Cell<u32>,
-    /// The entry that was found, so that it can be written in place.
-    pub(crate) found: Cell<Option<*mut FlowEntry>>,
+    /// The entry that was found, with `FAST`, so that it can be written in place.
+    found: Cell<Option<*mut FlowEntry>>,
     pub(crate) place: Cell<Place>,
+    /// When it was seen before.
+    pub(crate) seen_ms: Cell<u64>,
 }
 
 /// Where a map's key stands. A key is put together in words: for bytes the compiler would call functions, and read what is in
@@ -143,6 +146,7 @@ impl<const FAST: bool> View<FAST> {
             earlier: Cell::new(NO_BLOCK),
             found: Cell::new(None),
             place: Cell::new(Place::Nowhere),
+            seen_ms: Cell::new(0),
         }
     }
 
@@ -180,6 +184,16 @@ impl<const FAST: bool> View<FAST> {
             replicate_syn: value.replicate_syn != 0,
             resets: value.resets != 0,
         })
+    }
+
+    /// What was read, and where.
+    #[inline(always)]
+    fn read(&self, place: Place, entry: FlowEntry) -> Option<FlowEntry> {
+        if !FAST {
+            self.place.set(place);
+            self.seen_ms.set(entry.last_seen_ms);
+        }
+        Some(entry)
     }
 
     #[inline(always)]
@@ -288,21 +302,18 @@ impl<const FAST: bool> Tables for View<FAST> {
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<FlowEntry> {
         let found = match if FAST { flows::find(key.family, self.words) } else { flows::find_in_map(key) } {
-            Some(found) => {
-                self.place.set(Place::Flows);
-                found
-            }
+            Some(found) => found,
             None if FAST => return None,
             None => {
-                let (entry, found) = half_open::find(self.header, key)?;
-                self.place.set(Place::HalfOpen);
-                self.found.set(Some(found));
-                return Some(entry);
+                let (entry, _) = half_open::find(self.header, key)?;
+                return self.read(Place::HalfOpen, entry);
             }
         };
-        self.found.set(Some(found));
+        if FAST {
+            self.found.set(Some(found));
+        }
         // SAFETY: the kernel keeps the element's memory; another CPU may write it meanwhile, each field by itself.
-        Some(unsafe { *found })
+        self.read(Place::Flows, unsafe { *found })
     }
 
     #[inline(always)]
@@ -310,11 +321,8 @@ impl<const FAST: bool> Tables for View<FAST> {
         if self.header.caching == 0 {
             return None;
         }
-        let found = CACHE.get_ptr_mut(key)?;
-        self.place.set(Place::Cache);
-        self.found.set(Some(found));
         // SAFETY: as above.
-        Some(unsafe { *found })
+        self.read(Place::Cache, unsafe { *CACHE.get_ptr_mut(key)? })
     }
 
     #[inline(always)]

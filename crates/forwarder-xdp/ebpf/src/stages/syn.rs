@@ -8,8 +8,8 @@ use phalanx_flow::encap::{Outer, encapsulate, is_forwardable};
 use phalanx_flow::packet::{Packet, parse_plain};
 use phalanx_flow::{FlowEventKind, FlowKey, Method};
 
-use super::decide::tell;
 use super::enter::start_work;
+use super::record::tell;
 use super::send::{backend, leave, link_in_words};
 use super::{count, counters, drop, go, header};
 use crate::abi::{CpuCounters, Header, drops, stage};

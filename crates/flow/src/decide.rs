@@ -18,8 +18,8 @@ use crate::packet::{Fragment, Packet, PacketKind, tcp_flags};
 use crate::row::Row;
 
 /// A packet handed off this many times is dealt with where it is, so that no views, however different, make a loop (design §4).
-/// Only what its sender has the flow of goes back to the sender, by one hop more, and what nobody on its way has known is asked of one
-/// holder more, before it is guessed.
+/// What nobody on its way has known is asked of one holder more before it is guessed, and what its sender has the flow of goes back to the
+/// sender: one hop more each.
 pub const MAX_HOPS: u8 = 2;
 
 /// An owner believes its own entry of a connection that has ended for this long after the entry's last packet; then it asks the backup
@@ -387,7 +387,7 @@ impl Roles {
             // Who is asked says what it has; an owner is asked by nobody, but given what is its own.
             return arrival.hops > 0 && !owns;
         }
-        !self.other_holder(tables).is_some()
+        !self.asked(tables, true).is_some()
     }
 
     /// Whether another member owned the row before.
@@ -399,10 +399,24 @@ impl Roles {
     }
 
     /// Whether the packet may go back to who has its flow, or has just recorded it: even if it is suspected, since the packet came from it
-    /// just now.
+    /// just now, or by way of one holder more ([`Self::rather_asked`]).
     #[inline(always)]
     const fn returns(&self, arrival: &Arrival) -> bool {
-        self.known && arrival.hops <= MAX_HOPS
+        self.known && arrival.hops <= MAX_HOPS + 1
+    }
+
+    /// Whom a packet goes to before it goes back to an owner that has asked us, who hold nothing of the row and do not know the flow: by its
+    /// table we would hold it, but by ours the backup does, which may know what happened while the owner was away. (A backup gets it back at
+    /// once: the owner may be lost, which is why it asks.)
+    #[inline(always)]
+    fn rather_asked<T: Tables>(&self, tables: &T, arrival: &Arrival) -> MemberSlot {
+        let [owner, backup, _] = self.row.ranks;
+        let by_owner = self.known && self.bypassed == owner;
+        if by_owner && arrival.hops <= MAX_HOPS && backup != self.local.slot && self.usable(tables, backup) {
+            backup
+        } else {
+            MemberSlot::NONE
+        }
     }
 
     /// Whether who handed the packet off has a newer record than `entry`, and gets it back.
@@ -473,7 +487,28 @@ impl Roles {
     /// `has`: we have the flow ourselves, but from former times, and who handed it off has no better.
     #[inline(always)]
     fn asked<T: Tables>(&self, tables: &T, has: bool) -> MemberSlot {
-        if self.known && !has { self.bypassed } else { self.other_holder(tables) }
+        if self.known && !has {
+            return self.bypassed;
+        }
+        let other = self.other_holder(tables);
+        if has && !other.is_some() { self.passed_over(tables) } else { other }
+    }
+
+    /// The owner that we act for only because who handed the packet off suspects it, while the handover window is open: we may hold the row
+    /// since a moment ago, and what we have missed the tuple's next use. Not one that we suspect, too: that one is rather lost.
+    #[inline(always)]
+    fn passed_over<T: Tables>(&self, tables: &T) -> MemberSlot {
+        let owner = self.row.owner();
+        let passed = owner.is_some() && owner == self.bypassed && owner != self.local.slot && !self.known;
+        if passed
+            && self.local.leased
+            && tables.previous_row(self.row_number).is_some()
+            && matches!(tables.liveness(owner), Liveness::Alive)
+        {
+            owner
+        } else {
+            MemberSlot::NONE
+        }
     }
 
     /// As [`Self::other_holder`], among those that are suspected, by us or by who handed the packet off, while the handover window is open.
@@ -537,7 +572,8 @@ impl Roles {
         let knows = has.is_some();
         let owner = self.row.owner();
         let (bypassed, known) = if to == self.bypassed {
-            (MemberSlot::NONE, false)
+            // It gets back what it has asked for, or is asked itself though others suspect it.
+            if knows && !self.known { (self.local.slot, true) } else { (MemberSlot::NONE, false) }
         } else if self.bypassed.is_some() {
             // Who gets it may hand it on no more: that we have the flow says more than whom others passed over.
             if knows { (self.local.slot, true) } else { (self.bypassed, self.known) }
@@ -784,6 +820,14 @@ fn other<T: Tables>(
             decision.end(Verdict::Reset, Outcome::Reset);
         }
         return;
+    }
+    if known.is_none() {
+        let rather = roles.rather_asked(tables, arrival);
+        if rather.is_some() {
+            decision.verdict = roles.hand_off(tables, rather, arrival, None);
+            decision.outcome = Outcome::Asked;
+            return;
+        }
     }
     let returned = roles.returned(known, arrival, theirs);
     if theirs || returned {

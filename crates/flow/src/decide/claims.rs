@@ -471,6 +471,56 @@ fn an_owner_that_is_asked_does_not_ask_back() {
     assert_eq!(handed_to(&owner.decide(Arrival::WIRE, DATA)), Some(BACKUP));
 }
 
+/// It holds the row since a moment ago, and nobody has told it yet what became of a flow that it had from former times.
+#[test]
+fn who_acts_for_an_owner_that_others_suspect_asks_it_while_the_window_is_open() {
+    let quiet = |state| made(former(state), 60_000).map(|entry| FlowEntry { last_seen_ms: 0, ..entry });
+    let ended = quiet(FlowState::Closing).map(|entry| FlowEntry { flags: FlowFlags(0), ..entry });
+    let bypassing = Arrival { hops: 1, bypassed: Some(MemberId(u32::from(OWNER.0))), ..Arrival::WIRE };
+    for flow in [ended, quiet(FlowState::Closing), quiet(FlowState::Established)] {
+        let previous = Some([OWNER, MemberSlot::NONE, MemberSlot::NONE]);
+        let backup = World { flow, previous, ..World::of(BACKUP) };
+        let (to, asking) = handed_on(&backup.decide(bypassing, DATA));
+        assert_eq!((to, asking.known), (OWNER, true));
+        // It has what came after, or nothing.
+        let newer = recorded().map(|entry| FlowEntry { backend: BackendIndex(5), ..entry });
+        let owner = World { flow: newer, ..World::of(OWNER) };
+        assert_eq!(owner.decide(asking, DATA).verdict, Verdict::Forward(BackendIndex(5)));
+        let (to, back) = handed_on(&World::of(OWNER).decide(asking, DATA));
+        assert_eq!((to, backup.decide(back, DATA).verdict), (BACKUP, Verdict::Forward(RECORDED)));
+        // The twins: who has held the row for long knows what there is, and whom we suspect, too, is rather lost.
+        let settled = World { previous: None, ..backup.clone() };
+        assert_eq!(settled.decide(bypassing, DATA).verdict, Verdict::Forward(RECORDED));
+        let lost = World { suspect: Some(OWNER), ..backup };
+        assert_eq!(lost.decide(bypassing, DATA).verdict, Verdict::Forward(RECORDED));
+        assert_eq!(lost.decide(Arrival::WIRE, DATA).verdict, Verdict::Forward(RECORDED));
+    }
+}
+
+/// It has just started, and by its table two members are there, where three are.
+#[test]
+fn an_owner_that_asks_who_holds_nothing_hears_of_the_backup() {
+    let owner = World { flow: made(former(FlowState::Closing), 60_000), ..World::of(OWNER) };
+    let vintage = Vintage::of(&owner.flow.unwrap());
+    for hops in 1..=MAX_HOPS {
+        let asked =
+            Arrival { hops, bypassed: Some(MemberId(u32::from(OWNER.0))), known: true, vintage, ports: None };
+        let (to, on) = handed_on(&World::of(THIRD).decide(asked, DATA));
+        assert_eq!((to, on.bypassed, on.known, on.vintage), (BACKUP, asked.bypassed, true, vintage));
+        let newer = made(recorded(), 100).map(|entry| FlowEntry { backend: BackendIndex(5), ..entry });
+        let backup = World { flow: newer, ..World::of(BACKUP) };
+        assert_eq!(backup.decide(on, DATA).verdict, Verdict::Forward(BackendIndex(5)));
+        // Who knows nothing, or what came before, gives it back.
+        for flow in [None, made(recorded(), 90_000)] {
+            let (to, back) = handed_on(&World { flow, ..World::of(BACKUP) }.decide(on, DATA));
+            assert_eq!((to, owner.decide(back, DATA).verdict), (OWNER, Verdict::Forward(RECORDED)));
+        }
+        // The twin: no backup, no use.
+        let lost = World { suspect: Some(BACKUP), ..World::of(THIRD) };
+        assert_eq!(handed_to(&lost.decide(asked, DATA)), Some(OWNER));
+    }
+}
+
 #[test]
 fn a_hand_off_says_which_record_its_sender_has() {
     let third = World { flow: made(former(FlowState::Established), 10), ..World::of(THIRD) };

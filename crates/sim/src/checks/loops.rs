@@ -1,5 +1,5 @@
-//! *No loop*: a packet is handed off at most twice, whatever the views, and once more only back to who has its flow, or to a holder that is
-//! asked for what nobody else knows.
+//! *No loop*: a packet is handed off at most twice, whatever the views, once more to a holder that is asked for what nobody on its way has
+//! known, and once more back to who has its flow.
 
 use phalanx_flow::Verdict;
 use phalanx_flow::decide::{MAX_HOPS, Outcome};
@@ -21,9 +21,9 @@ impl Checker for NoLoop {
         let Verdict::HandOff(hand_off) = ruling.decision.verdict else { return };
         // To whom the sender passed over, nobody else would say that nobody was.
         let returns = ruling.arrival.known && !hand_off.known && !hand_off.bypassed.is_some();
-        // And what nobody has known is asked of one holder more.
         let asks = ruling.decision.outcome == Outcome::Asked;
-        if hand_offs >= usize::from(MAX_HOPS) + usize::from(returns || asks) {
+        let more = if returns { 2 } else { usize::from(asks) };
+        if hand_offs >= usize::from(MAX_HOPS) + more {
             findings.violate(format!("flow {} by {:?}", ruling.packet.flow, ruling.packet.path));
         }
     }

@@ -182,7 +182,7 @@ pub enum DropReason {
     NoBackend = 1,
     /// A protocol we do not balance, to a service's address.
     Protocol = 2,
-    /// Nobody owns the row: we are in no cluster yet, or no more; or we have no lease, and none of the others can be asked. The consistent table alone would be a guess that resets a connection which others know, or a new one that nobody knows. The client sends again.
+    /// Nobody owns the row: we are in no cluster yet, or no more; or we have no lease, and none of the others can be asked; or who asks us has a newer record, and is a stranger to us. The consistent table alone would be a guess that resets a connection which others know, or a new one that nobody knows. The client sends again.
     NotJoined = 3,
 }
 
@@ -327,6 +327,8 @@ struct Roles {
     row: Row,
     bypassed: MemberSlot,
     known: bool,
+    /// Who handed the packet off has the flow, and is not in our plan.
+    strange: bool,
 }
 
 impl Roles {
@@ -338,7 +340,8 @@ impl Roles {
             None => MemberSlot::NONE,
         };
         let known = arrival.known && bypassed.is_some() && bypassed != local.slot;
-        Self { local, row_number, row: tables.row(row_number), bypassed, known }
+        let strange = arrival.known && !bypassed.is_some();
+        Self { local, row_number, row: tables.row(row_number), bypassed, known, strange }
     }
 
     /// Whether traffic may go to `slot`: alive, not passed over on the way here, and if it is us, leased.
@@ -436,6 +439,18 @@ impl Roles {
                 self.returns(arrival) && (is_holder || !self.local.leased && !theirs)
             }
         }
+    }
+
+    /// Whether who handed the packet off has a newer record than we, and cannot get it back: it has joined while we were away, and the plan that
+    /// our daemon left behind is older. Whoever else we asked could not be told of that record.
+    #[inline(always)]
+    fn is_out_of_reach(&self, entry: Option<&FlowEntry>, arrival: &Arrival) -> bool {
+        self.strange
+            && arrival.ports.is_none()
+            && match entry {
+                Some(entry) => Vintage::of(entry).is_replaced_by(arrival.vintage),
+                None => true,
+            }
     }
 
     /// Whether there are other members that might say what we may not.
@@ -773,6 +788,9 @@ fn other<T: Tables>(
     service: &Service,
 ) {
     let known = tables.flow(&decision.key);
+    if roles.is_out_of_reach(said(known.as_ref()), arrival) {
+        return decision.end(Verdict::Drop(DropReason::NotJoined), Outcome::Dropped);
+    }
     if let Some(entry) = known
         && roles.believes(tables, &entry, arrival)
     {

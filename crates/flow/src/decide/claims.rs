@@ -521,6 +521,40 @@ fn an_owner_that_asks_who_holds_nothing_hears_of_the_backup() {
     }
 }
 
+/// A program that goes on by the plan its daemon left behind, asked by a member that has joined since.
+#[test]
+fn a_newer_record_of_a_stranger_is_not_overruled_by_an_older_one() {
+    let by_stranger = |hops, age| Arrival {
+        hops,
+        bypassed: Some(MemberId(u32::from(MemberSlot::NONE.0))),
+        known: true,
+        vintage: Vintage::of(&made(recorded(), age).unwrap()),
+        ports: None,
+    };
+    for slot in [OWNER, BACKUP, THIRD] {
+        for (flow, hops) in
+            [(None, 1), (None, MAX_HOPS), (former(FlowState::Closing), 1), (recorded(), MAX_HOPS)]
+        {
+            for leased in [true, false] {
+                let world = World { flow: made(flow, 60_000), leased, ..World::of(slot) };
+                let decision = world.decide(by_stranger(hops, 1_000), DATA);
+                assert_eq!(
+                    decision.verdict,
+                    Verdict::Drop(DropReason::NotJoined),
+                    "{slot:?} {flow:?} {hops}"
+                );
+            }
+        }
+        // The twins: of the same connection, or of a later one; and who says nothing of what it has.
+        let world = World { flow: made(recorded(), 1_000), ..World::of(slot) };
+        for age in [1_000, 90_000] {
+            assert_eq!(world.decide(by_stranger(MAX_HOPS, age), DATA).verdict, Verdict::Forward(RECORDED));
+        }
+        let silent = Arrival { known: false, ..by_stranger(MAX_HOPS, 10) };
+        assert_eq!(world.decide(silent, DATA).verdict, Verdict::Forward(RECORDED));
+    }
+}
+
 #[test]
 fn a_hand_off_says_which_record_its_sender_has() {
     let third = World { flow: made(former(FlowState::Established), 10), ..World::of(THIRD) };

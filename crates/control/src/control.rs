@@ -936,11 +936,13 @@ impl Control {
                     self.install();
                 }
                 if self.ready_to_leave_at.is_none() {
+                    self.forget_former(&record.key, |former| former.is_replaced_by(&record));
                     self.forwarder.upsert_cache(&[record]);
                 }
                 ApplyResult::Applied
             }
             Apply::CacheRemove { key } => {
+                self.forget_former(&key, |_| true);
                 self.forwarder.remove_cache(&[key]);
                 ApplyResult::Applied
             }

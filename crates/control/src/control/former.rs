@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use phalanx_flow::member::Liveness;
-use phalanx_flow::{FlowFlags, FlowKey, Record};
+use phalanx_flow::{FlowFlags, FlowKey, FlowState, Record};
 use phalanx_forwarder::{Forwarder, RowSet};
 use phalanx_membership::MemberView;
 use phalanx_rebalancer::Ranking as _;
@@ -142,12 +142,17 @@ impl Control {
         }
     }
 
-    /// Drops the entries that no table gives us, neither the current one, nor the pending one, nor one before; says how many.
+    /// Drops the entries that no table gives us, neither the current one, nor the pending one, nor one before; says how many. Where we have a
+    /// cache, connections that live go there: their packets may pass through here, and nobody sends them again.
     pub(super) fn drop_former(&mut self, now: Instant) -> usize {
         let mut former = Vec::new();
+        let mut cached = Vec::new();
         self.forwarder.visit(&RowSet::All, &mut |record| {
             if !self.is_ours(&record.key) {
                 former.push((record.key, record.birth));
+                if self.settings.cache && record.birth != 0 && record.state == FlowState::Established {
+                    cached.push(*record);
+                }
             }
         });
         if let Some(until) = self.strangers_until.filter(|until| *until > now) {
@@ -160,6 +165,19 @@ impl Control {
         for (key, birth) in &former {
             self.forwarder.remove(key, *birth, Duration::ZERO);
         }
+        self.forwarder.upsert_cache(&cached);
         former.len()
+    }
+
+    /// Somebody tells our cache of a flow of which we have something from former times, too: whatever of that `is_over` goes, before it could
+    /// take the place of what the cache knows.
+    pub(super) fn forget_former(&self, key: &FlowKey, is_over: impl FnOnce(&Record) -> bool) {
+        if let Some(former) = self.forwarder.get(key)
+            && former.flags.has(FlowFlags::FORMER)
+            && !self.planner.gives_from_now_on(self.settings.local, key)
+            && is_over(&former)
+        {
+            self.forwarder.remove(key, former.birth, Duration::ZERO);
+        }
     }
 }

@@ -45,3 +45,47 @@ fn a_cache_does_not_offer_connections_that_have_ended() {
     assert!(all > 2);
     assert_eq!(count, 0);
 }
+
+/// A site in which member 4 has joined, and the flows that member 3, with or without a cache, held before and holds no more.
+fn joined(cache: bool) -> (Site, Vec<u16>) {
+    let mut site = Site::new(&[1, 2, 3, 4]);
+    site.members.get_mut(&3).expect("there").0.settings.cache = cache;
+    site.see(&[1, 2, 3], &[], 1, None);
+    site.open();
+    let held: Vec<u16> = (0..FLOWS).filter(|n| site.holders(*n).contains(&3)).collect();
+    site.see(&[1, 2, 3], &[4], 1, Some(2));
+    site.see(&[1, 2, 3, 4], &[], 2, None);
+    let lost: Vec<u16> = held.into_iter().filter(|n| !site.holders(*n).contains(&3)).collect();
+    assert!(lost.len() > 2 && lost.iter().all(|n| site.has(3, *n)));
+    (site, lost)
+}
+
+#[test]
+fn what_a_member_with_a_cache_holds_no_more_stays_there() {
+    let (mut site, lost) = joined(true);
+    let ended = Record { state: FlowState::Closing, update: 1, ..record(lost[0]) };
+    site.forwarder(3).upsert(&[ended]);
+    site.pass(LINGER + 4 * TICK);
+    assert!(lost.iter().all(|n| !site.has(3, *n)), "the window is closed");
+    let cached: BTreeSet<FlowKey> = site.forwarder(3).flush_cache().iter().map(|record| record.key).collect();
+    assert_eq!(cached, lost[1..].iter().map(|n| key(*n)).collect());
+    // The twin.
+    let (mut site, _) = joined(false);
+    site.pass(LINGER + 4 * TICK);
+    assert_eq!(site.forwarder(3).flush_cache(), []);
+}
+
+#[test]
+fn what_a_cache_is_told_of_a_flow_counts_for_what_is_held_from_former_times_too() {
+    let (mut site, lost) = joined(true);
+    let used_again = Record { birth: record(lost[0]).birth + 1, ..record(lost[0]) };
+    let control = &mut site.members.get_mut(&3).expect("there").0;
+    control.apply_one(&Apply::CacheUpsert(used_again));
+    control.apply_one(&Apply::CacheRemove { key: key(lost[1]) });
+    site.pass(LINGER + 4 * TICK);
+    let cached = site.forwarder(3).flush_cache();
+    let born = |n: u16| cached.iter().find(|record| record.key == key(n)).map(|record| record.birth);
+    assert_eq!(born(lost[0]), Some(used_again.birth));
+    assert_eq!(born(lost[1]), None);
+    assert_eq!(born(lost[2]), Some(record(lost[2]).birth), "the twin");
+}

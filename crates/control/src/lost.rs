@@ -53,7 +53,7 @@ impl Lost {
         self.doubted = true;
     }
 
-    /// These are (again) in the view.
+    /// These are (again) in the view, and have said what they are.
     pub(crate) fn remove(&mut self, live: impl Fn(MemberId) -> bool) {
         self.members.retain(|member| !live(*member));
         if self.members.is_empty() {

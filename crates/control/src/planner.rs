@@ -233,6 +233,14 @@ impl Past {
     }
 }
 
+/// By which rows holders of before are asked, and of what they were made.
+struct Asked {
+    /// The table that is asked, those after it, and the one in force.
+    of: Vec<Arc<[Row]>>,
+    gone: BTreeSet<MemberSlot>,
+    rows: Arc<[Row]>,
+}
+
 /// Earlier tables that still count, at most: a cluster that changes faster than its windows close forgets the oldest.
 const MAX_PAST: usize = 4;
 
@@ -271,6 +279,7 @@ pub struct Planner {
     rows: Arc<[Row]>,
     /// Oldest first, while the handover window is open.
     past: Vec<Past>,
+    asked: Option<Asked>,
     pending: Option<Pending>,
     lost: Lost,
     /// When the member that was suspected or lost last was last heard, and until when that counts.
@@ -303,6 +312,7 @@ impl Planner {
             members: vec![local],
             rows,
             past: Vec::new(),
+            asked: None,
             pending: None,
             lost: Lost::default(),
             last_heard: None,
@@ -336,6 +346,12 @@ impl Planner {
     /// The old table stays as a previous one: the handover window is open until [`Self::close_window`]. `settled`: everybody has
     /// switched to the old table, and we have sent all it moved. [`Self::set_pending`] must follow.
     pub fn set_view(&mut self, view: &View, settled: bool) -> Result<Option<TableChange>, RankingError> {
+        let change = self.take_view(view, settled);
+        self.ask_who_lives();
+        change
+    }
+
+    fn take_view(&mut self, view: &View, settled: bool) -> Result<Option<TableChange>, RankingError> {
         for member in &mut self.members {
             member.liveness = Liveness::Down;
         }
@@ -353,7 +369,7 @@ impl Planner {
             self.members[at].liveness = member.liveness;
         }
         self.view_digest = view.digest.0;
-        self.lost.remove(|id| view.get(id).is_some());
+        self.lost.remove(|id| view.get(id).is_some_and(|member| member.known));
         self.meet(view)?;
 
         let ranked: Vec<RankedMember> =
@@ -373,7 +389,7 @@ impl Planner {
         let first = self.boots.is_empty();
         let survivors = Survivors { live, blank: blank.collect() };
         let gone = old_members.iter().map(|member| member.id).filter(|id| view.get(*id).is_none());
-        let rows = self.asked_past().map_or(&self.rows, |past| &past.rows);
+        let rows = self.asked.as_ref().map_or(&self.rows, |asked| &asked.rows);
         self.lost.add(gone, (Arc::clone(rows), old_members.len()));
         let departed = old_members.iter().any(|old| !ranked.iter().any(|member| member.id == old.id));
 
@@ -533,6 +549,7 @@ impl Planner {
         self.current = self.rank(Arc::new(table));
         self.rows = self.current.table.to_rows(|id| self.slot_of(id)).into();
         self.past.clear();
+        self.asked = None;
         self.pending = None;
         self.lost = Lost::default();
         self.met = None;
@@ -557,6 +574,7 @@ impl Planner {
     /// Ends the handover window.
     pub fn close_window(&mut self) {
         self.past.clear();
+        self.asked = None;
         self.lost.close_window(self.boots.len());
     }
 
@@ -613,6 +631,41 @@ impl Planner {
     /// The last table that had come to rest, whose holders had got all there was; if there is none, the oldest.
     fn asked_past(&self) -> Option<&Past> {
         self.past.iter().rev().find(|past| past.was_settled).or(self.past.first())
+    }
+
+    /// Whoever was owner and backup of a row and is in the view no more cannot be asked: then the table after that one says who is.
+    fn ask_who_lives(&mut self) {
+        let is_gone = |member: &&PlanMember| member.liveness == Liveness::Down;
+        let gone: BTreeSet<MemberSlot> =
+            self.members.iter().filter(is_gone).map(|member| self.slot_of(member.id)).collect();
+        let from = self.past.iter().rposition(|past| past.was_settled).unwrap_or(0);
+        let later = self.past.iter().skip(from).map(|past| &past.rows);
+        let of: Vec<Arc<[Row]>> = later.chain([&self.rows]).map(Arc::clone).collect();
+        if self.past.is_empty() {
+            self.asked = None;
+            return;
+        }
+        if self.asked.as_ref().is_some_and(|asked| {
+            let same = |(a, b): (&Arc<[Row]>, &Arc<[Row]>)| Arc::ptr_eq(a, b);
+            asked.gone == gone && asked.of.len() == of.len() && asked.of.iter().zip(&of).all(same)
+        }) {
+            return;
+        }
+        let lives = |row: &&Row| {
+            let [owner, backup, _] = row.ranks;
+            [owner, backup].iter().any(|slot| slot.is_some() && !gone.contains(slot))
+        };
+        let [first, ..] = of.as_slice() else { return };
+        let rows = if first.iter().all(|row| lives(&row)) {
+            Arc::clone(first)
+        } else {
+            let living = |(at, row)| {
+                let of_tables = of.iter().filter_map(|rows| rows.get(at));
+                *of_tables.into_iter().find(lives).unwrap_or(row)
+            };
+            first.iter().enumerate().map(living).collect()
+        };
+        self.asked = Some(Asked { of, gone, rows });
     }
 
     /// The table in force.
@@ -783,7 +836,7 @@ impl Planner {
     /// The plan to install now.
     pub fn plan(&self) -> Plan {
         let mut members = self.members.clone();
-        let mut previous = self.asked_past().map(|past| &past.rows);
+        let mut previous = self.asked.as_ref().map(|asked| &asked.rows);
         if let Some((doubted, rows)) = self.lost.doubted(self.boots.len()) {
             for member in members.iter_mut().filter(|member| doubted.contains(&member.id)) {
                 member.liveness = Liveness::Suspect;

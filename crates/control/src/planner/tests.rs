@@ -446,3 +446,48 @@ fn the_last_table_at_rest_is_asked_and_no_more_than_four_are_kept() {
     lose(&mut planner, &[1, 2, 3, 4], false);
     assert_eq!(planner.previous().count(), 4);
 }
+
+/// Rows as ids, for each row the first two.
+fn holders_before(plan: &Plan) -> Vec<[Option<MemberId>; 2]> {
+    let rows = plan.previous.as_ref().expect("a window is open");
+    rows.iter().map(|row| [id_at(plan, row.ranks[0]), id_at(plan, row.ranks[1])]).collect()
+}
+
+/// Chaos broke two connections of rows whose owner and backup, by a table of eighty seconds ago, were gone for long.
+#[test]
+fn where_owner_and_backup_of_the_table_that_is_asked_are_gone_the_next_table_is() {
+    let mut planner = settled();
+    let see = |planner: &mut Planner, ids: &[u32], settled| {
+        planner.set_view(&view(9, ids.iter().copied().map(active).collect()), settled).unwrap();
+        holders_before(&planner.plan())
+    };
+    see(&mut planner, &[1, 2, 3, 4, 5], false);
+    planner.close_window();
+    let at_rest = see(&mut planner, &[1, 3, 4, 5], true);
+    let asked = see(&mut planner, &[1, 4, 5], false);
+    let gone = |holders: &[Option<MemberId>; 2]| {
+        holders.iter().all(|id| [2, 3].map(|id| Some(MemberId(id))).contains(id))
+    };
+    let is_gone = |row: &usize| gone(&at_rest[*row]);
+    let (lost, kept): (Vec<usize>, Vec<usize>) = (0..at_rest.len()).partition(is_gone);
+    assert!(lost.len() > 10 && kept.len() > 10, "{} {}", lost.len(), kept.len());
+    assert!(kept.iter().all(|row| asked[*row] == at_rest[*row]), "who lives is asked, whatever came since");
+    assert!(lost.iter().all(|row| !gone(&asked[*row])), "somebody who lives");
+}
+
+/// Of who is in the view but has not said what it is, its own table is not known yet: the doubts have to last until then.
+#[test]
+fn the_lost_are_doubted_until_they_have_said_that_they_are_back() {
+    let mut planner = settled();
+    planner.set_view(&view(2, vec![active(1)]), true).unwrap().unwrap();
+    let suspects = |planner: &Planner| {
+        let suspect = |member: &PlanMember| member.liveness == Liveness::Suspect;
+        planner.plan().members.into_iter().filter(suspect).count()
+    };
+    assert_eq!(suspects(&planner), 2);
+    let back = |known| MemberView { known, admitted: false, ..active(2) };
+    planner.set_view(&view(2, vec![active(1), back(false)]), true).unwrap();
+    assert_eq!(suspects(&planner), 2);
+    planner.set_view(&view(2, vec![active(1), back(true)]), true).unwrap();
+    assert_eq!(suspects(&planner), 1);
+}

@@ -872,6 +872,10 @@ fn other<T: Tables>(
     }
     if !asked.is_some() && arrival.hops == MAX_HOPS && known.is_none() {
         asked = roles.last_asked(tables);
+        if !asked.is_some() && !datagram {
+            // Its holders may be back in a moment: who asks us only knew whom to ask first.
+            asked = roles.doubted_holder(tables);
+        }
     }
     if asked.is_some() {
         decision.verdict = roles.hand_off(tables, asked, arrival, known);

@@ -402,6 +402,22 @@ fn while_a_window_is_open_whom_another_member_suspects_is_asked_rather_than_gues
     assert_eq!(World { previous: None, ..moved }.decide(arrival, DATA).outcome, Outcome::Recovered);
 }
 
+/// Two of four members have been cut off from the others, and hold those to be down; they ask each other, and then whoever may be back.
+#[test]
+fn who_has_the_last_word_asks_whom_it_suspects_rather_than_guess_while_a_window_is_open() {
+    let last = Arrival { hops: MAX_HOPS, ..Arrival::WIRE };
+    let previous = Some([THIRD, OWNER, MemberSlot::NONE]);
+    let backup = World { suspect: Some(THIRD), previous, ..World::of(BACKUP) };
+    let (to, arrival) = handed_on(&backup.decide(last, DATA));
+    assert_eq!((to, arrival.hops), (THIRD, MAX_HOPS + 1));
+    let back = World { flow: recorded(), ..World::of(THIRD) };
+    assert_eq!(back.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+    assert_eq!(World::of(THIRD).decide(arrival, DATA).outcome, Outcome::Recovered, "here it ends");
+    // The twins: nobody is suspected, or nothing has moved.
+    assert_eq!(World { suspect: None, ..backup.clone() }.decide(last, DATA).outcome, Outcome::Recovered);
+    assert_eq!(World { previous: None, ..backup }.decide(last, DATA).outcome, Outcome::Recovered);
+}
+
 /// Neither believes what it has: who handed the packet off has rather missed more.
 #[test]
 fn an_owner_that_doubts_does_not_ask_who_asks_it() {

@@ -149,6 +149,20 @@ fn a_joiner_that_is_starved_does_not_make_a_cluster_of_its_own() {
     }
 }
 
+/// Seed 2225 of the simulator: it was active after two seconds, beside the cluster that it had not heard.
+#[test]
+fn a_joiner_does_not_make_a_cluster_of_its_own_where_many_datagrams_are_lost() {
+    let lossy = Network::lan(0.4);
+    for seed in 0..100 {
+        let mut cluster = settled(1, seed);
+        cluster.network = lossy;
+        let joiner = cluster.add(lan(3)).unwrap();
+        let active = |cluster: &Cluster| cluster.membership(joiner).unwrap().state() == MemberState::Active;
+        cluster.run_until(20 * SECOND, active).expect("it joins");
+        assert_eq!(cluster.membership(joiner).unwrap().view().members.len(), 2, "seed {seed}");
+    }
+}
+
 /// The twin: where nobody answers, a starved member turns active too, after it has tried for `bootstrap_wait` of its own time.
 #[test]
 fn a_starved_member_that_is_alone_turns_active_all_the_same() {

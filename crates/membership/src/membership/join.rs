@@ -24,8 +24,12 @@ use crate::{
     wire::{Control, Greeting, KIND_CONTROL, KIND_FOCA, KnownAs, MAX_DATAGRAM_BYTES, PREFIX_BYTES, Refusal},
 };
 
-/// Hellos whose answers are believed: an answer comes within a round trip, and a hello goes out twice a second at most.
-const NONCES_KEPT: usize = 8;
+/// Hellos whose answers are believed: an answer comes within a round trip, and a hello goes out ten times a second at most.
+const NONCES_KEPT: usize = 32;
+
+/// A joiner whose first hello met nobody says it so many times as often as a member that is alone: it has `bootstrap_wait` to meet somebody,
+/// also where many datagrams are lost.
+const JOINER_HURRIES: u32 = 5;
 
 /// Most datagrams of items in answer to one hello: enough for some hundred members; push-pull brings the rest.
 const MAX_STATE_DATAGRAMS: usize = 16;
@@ -33,8 +37,8 @@ const MAX_STATE_DATAGRAMS: usize = 16;
 /// Most former members that are tried while alone, beside the seeds.
 const ACQUAINTANCES_TRIED: usize = 3;
 
-/// A joiner that was refused does not turn active alone for this long: the cluster it should be in is there.
-const REFUSAL_HOLDS: Duration = Duration::from_secs(10);
+/// A joiner that was refused, or welcomed by who has joined, does not turn active alone for this long: the cluster it should be in is there.
+const ANSWER_HOLDS: Duration = Duration::from_secs(10);
 
 /// Rounds of gossip that a member which resumes lets pass after it has met somebody, before it is active: meanwhile it hears of the others.
 const RESUMES_AFTER: u32 = 4;
@@ -46,7 +50,7 @@ const METADATA_WAIT: Duration = Duration::from_secs(1);
 pub(super) struct Joining {
     nonces: VecDeque<u64>,
     met_active: Option<Instant>,
-    refused: Option<Instant>,
+    answered: Option<Instant>,
     told: Option<Refusal>,
     id_in_use_since: Option<Instant>,
     pub(super) may_answer_stale: bool,
@@ -56,7 +60,7 @@ impl Joining {
     /// What is waited for takes as much longer.
     pub(super) fn put_off(&mut self, by: Duration) {
         for since in
-            [&mut self.met_active, &mut self.refused, &mut self.id_in_use_since].into_iter().flatten()
+            [&mut self.met_active, &mut self.answered, &mut self.id_in_use_since].into_iter().flatten()
         {
             *since += by;
         }
@@ -244,6 +248,10 @@ impl Membership {
             self.warn_shared(welcome.identity.id, field);
         }
         self.heed(now, welcome.you);
+        if welcome.state == MemberState::Active {
+            // What comes next may be lost as well.
+            self.joining.answered = Some(now);
+        }
         let known = self.swim.0.iter_members().any(|member| *member.id() == welcome.identity);
         if !known {
             self.drive(now, |swim, io| swim.announce(welcome.identity, io));
@@ -255,7 +263,7 @@ impl Membership {
             self.counters.stale += 1;
             return;
         }
-        self.joining.refused = Some(now);
+        self.joining.answered = Some(now);
         if self.state != MemberState::Joining {
             if let Refusal::Differs(field) = reason {
                 self.warn_shared(by, field);
@@ -320,7 +328,13 @@ impl Membership {
             self.send_control(target, &hello);
         }
         let timing = &self.config.timing;
-        let interval = if alone || joining { timing.hello_alone } else { timing.hello_settled };
+        let interval = match (alone, joining) {
+            (true, true) if now.saturating_duration_since(self.started) >= timing.hello_alone / 2 => {
+                timing.hello_alone / JOINER_HURRIES
+            }
+            (false, false) => timing.hello_settled,
+            _ => timing.hello_alone,
+        };
         let next = self.jitter(interval);
         self.schedule(now + next, Task::Hello);
     }
@@ -461,11 +475,11 @@ impl Membership {
         }
         let waited = now.saturating_duration_since(self.started);
         let wait = self.config.bootstrap_wait;
-        let refused = self
+        let answered = self
             .joining
-            .refused
-            .is_some_and(|at| now.saturating_duration_since(at) < REFUSAL_HOLDS.max(wait));
-        if refused || waited < wait || !all_known && waited < wait * 2 || !lowest {
+            .answered
+            .is_some_and(|at| now.saturating_duration_since(at) < ANSWER_HOLDS.max(wait));
+        if answered || waited < wait || !all_known && waited < wait * 2 || !lowest {
             return false;
         }
         self.activate_alone(now);

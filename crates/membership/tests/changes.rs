@@ -209,7 +209,7 @@ fn who_is_never_ready_is_not_waited_for_for_ever_and_is_named() {
 #[test]
 fn both_sides_of_a_partition_keep_their_own_table_until_each_is_ready_for_the_other() {
     for (left, members) in [(2, 4), (1, 3), (3, 5)] {
-        for seed in 0..5 {
+        for seed in 0..60 {
             let mut cluster = settled(members, seed);
             for node in 0..left {
                 cluster.set_group(node, 1);

@@ -108,16 +108,22 @@ impl Fault {
     }
 }
 
-/// The view a faulty member believes in.
-pub(crate) fn view(fault: Option<Fault>, view: Arc<View>) -> Arc<View> {
-    let change = |change: fn(&mut MemberView)| {
+/// The view a faulty member believes in, who believed in `before`.
+pub(crate) fn view(fault: Option<Fault>, view: Arc<View>, before: &View) -> Arc<View> {
+    let change = |change: &dyn Fn(&mut MemberView)| {
         let mut view = View::clone(&view);
         view.members.iter_mut().for_each(change);
         Arc::new(view)
     };
     match fault {
-        Some(Fault::BootTakenForRefutation) => change(|member| member.boot = 1),
-        Some(Fault::SuspicionIgnored) => change(|member| member.liveness = Liveness::Alive),
+        Some(Fault::BootTakenForRefutation) => change(&|member| {
+            if let Some(was) = before.get(member.id).filter(|was| was.boot != member.boot) {
+                // As if it had been there all the time.
+                let (state, admitted) = (was.state, was.admitted);
+                *member = MemberView { boot: was.boot, state, admitted, ..member.clone() };
+            }
+        }),
+        Some(Fault::SuspicionIgnored) => change(&|member| member.liveness = Liveness::Alive),
         _ => view,
     }
 }

@@ -329,7 +329,11 @@ impl World {
     }
 
     fn view(&mut self, at: usize, view: Arc<View>) {
-        let view = faults::view(self.settings.fault, view);
+        let Some(before) = self.nodes[at].process.as_ref().map(|process| Arc::clone(process.control.view()))
+        else {
+            return;
+        };
+        let view = faults::view(self.settings.fault, view, &before);
         let (id, clock) = (self.nodes[at].id, self.nodes[at].clock(self.epoch, self.now));
         if self.settings.fault == Some(Fault::BackupForgets) {
             self.forget_as_backup(at, &view);

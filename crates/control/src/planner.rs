@@ -625,44 +625,41 @@ impl Planner {
 
     /// The table whose holders are asked for flows that the present ones do not know, while the handover window is open.
     pub fn asked(&self) -> Option<Arc<TableRanking>> {
-        self.asked_past().map(|past| Arc::clone(&past.ranking))
+        self.past.get(self.asked_at()).map(|past| Arc::clone(&past.ranking))
     }
 
-    /// The last table that had come to rest, whose holders had got all there was; if there is none, the oldest.
-    fn asked_past(&self) -> Option<&Past> {
-        self.past.iter().rev().find(|past| past.was_settled).or(self.past.first())
+    /// Where in the past the last table is that had come to rest, whose holders had got all there was; if there is none, the oldest.
+    fn asked_at(&self) -> usize {
+        self.past.iter().rposition(|past| past.was_settled).unwrap_or(0)
     }
 
     /// Whoever was owner and backup of a row and is in the view no more cannot be asked: then the table after that one says who is.
     fn ask_who_lives(&mut self) {
-        let is_gone = |member: &&PlanMember| member.liveness == Liveness::Down;
-        let gone: BTreeSet<MemberSlot> =
-            self.members.iter().filter(is_gone).map(|member| self.slot_of(member.id)).collect();
-        let from = self.past.iter().rposition(|past| past.was_settled).unwrap_or(0);
-        let later = self.past.iter().skip(from).map(|past| &past.rows);
-        let of: Vec<Arc<[Row]>> = later.chain([&self.rows]).map(Arc::clone).collect();
-        if self.past.is_empty() {
+        let Some(asked) = self.past.get(self.asked_at()..).filter(|past| !past.is_empty()) else {
             self.asked = None;
             return;
-        }
-        if self.asked.as_ref().is_some_and(|asked| {
-            let same = |(a, b): (&Arc<[Row]>, &Arc<[Row]>)| Arc::ptr_eq(a, b);
-            asked.gone == gone && asked.of.len() == of.len() && asked.of.iter().zip(&of).all(same)
-        }) {
+        };
+        let of: Vec<Arc<[Row]>> =
+            asked.iter().map(|past| &past.rows).chain([&self.rows]).map(Arc::clone).collect();
+        let is_gone = |member: &PlanMember| member.liveness == Liveness::Down;
+        let slots = (0..).map(MemberSlot).zip(&self.members);
+        let gone: BTreeSet<MemberSlot> =
+            slots.filter(|(_, member)| is_gone(member)).map(|(slot, _)| slot).collect();
+        let is_same = |asked: &Asked| {
+            asked.gone == gone && asked.of.iter().map(Arc::as_ptr).eq(of.iter().map(Arc::as_ptr))
+        };
+        if self.asked.as_ref().is_some_and(is_same) {
             return;
         }
         let lives = |row: &&Row| {
             let [owner, backup, _] = row.ranks;
             [owner, backup].iter().any(|slot| slot.is_some() && !gone.contains(slot))
         };
-        let [first, ..] = of.as_slice() else { return };
+        let first = &of[0];
         let rows = if first.iter().all(|row| lives(&row)) {
             Arc::clone(first)
         } else {
-            let living = |(at, row)| {
-                let of_tables = of.iter().filter_map(|rows| rows.get(at));
-                *of_tables.into_iter().find(lives).unwrap_or(row)
-            };
+            let living = |(at, row)| *of.iter().filter_map(|rows| rows.get(at)).find(lives).unwrap_or(row);
             first.iter().enumerate().map(living).collect()
         };
         self.asked = Some(Asked { of, gone, rows });

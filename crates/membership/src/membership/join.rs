@@ -115,7 +115,6 @@ impl Membership {
                 self.counters.refused += 1;
             }
             KIND_FOCA => {
-                self.meet_renewed(now, sender, body);
                 let believed = self.believed(now, sender, body);
                 if !self.drive(now, |swim, io| swim.handle_data(&believed, io)) {
                     self.counters.damaged += 1;
@@ -140,6 +139,7 @@ impl Membership {
             return Cow::Borrowed(body);
         };
         self.heard.insert(sender, (source, now));
+        self.meet_renewed(now, source);
         let lately = |at: Instant| now.saturating_duration_since(at) < self.config.timing.confirm_after / 2;
         swim::judged(body, |news| {
             let about = *news.id();
@@ -167,16 +167,15 @@ impl Membership {
     /// Who has renewed its identity says so in each datagram; but `foca` reads none that is for who we were before. Two members that renewed
     /// theirs in one moment, because a side that was cut off held both to be down, would write to each other's former ones until they
     /// confirmed each other down.
-    fn meet_renewed(&mut self, now: Instant, sender: MemberId, body: &[u8]) {
-        let Some(source) = swim::source(body).filter(|source| source.id == sender) else { return };
-        let is_former = |member: foca::Member<Identity>| {
-            let known = *member.id();
-            known.id == sender
+    fn meet_renewed(&mut self, now: Instant, source: Identity) {
+        let is_former = |member: &foca::Member<Identity>| {
+            let known = member.id();
+            known.id == source.id
                 && known.boot == source.boot
-                && source.supersedes(&known)
+                && source.supersedes(known)
                 && member.state() != State::Down
         };
-        if self.swim.0.iter_membership_state().cloned().any(is_former) {
+        if self.swim.0.iter_membership_state().any(is_former) {
             self.drive(now, |swim, io| {
                 swim.apply_many(std::iter::once(foca::Member::alive(source)), true, io)
             });

@@ -55,6 +55,10 @@ const LEAVE_REPEATS: u8 = 4;
 /// Echoes lost in a row that make a path suspect: one may be lost by chance.
 const ECHO_LOSSES: u8 = 3;
 
+/// Probe periods in which the others are heard again, all of them, by who could hear none: each says within a few gossip intervals that it
+/// lives, and answers an echo a period.
+const RECOVERY: u32 = 8;
+
 /// Slow answers in a row that are worth a warning.
 const SLOW_ANSWERS: u8 = 8;
 
@@ -116,6 +120,7 @@ pub struct Membership {
     view: View,
     signature: u64,
     rebuild: bool,
+    links: Links,
     acquaintances: BTreeMap<MemberId, SocketAddr>,
     echo_losses: BTreeMap<MemberId, u8>,
     slow_answers: BTreeMap<MemberId, u8>,
@@ -134,6 +139,17 @@ pub struct Membership {
     unheard: bool,
     frozen: Option<Instant>,
     joining: join::Joining,
+}
+
+/// What we think of our own links, by how many of the others we doubt ([`View::judge`]).
+#[derive(Clone, Copy, Debug)]
+enum Links {
+    /// Whoever we doubt is doubted.
+    Sound,
+    /// Rather than so many others we doubt ourselves.
+    Doubtful,
+    /// They were doubtful, and the others are being heard again, one after the other: nobody is doubted before that time.
+    Recovering(Instant),
 }
 
 /// foca's type has no `Debug` of its own.
@@ -229,6 +245,7 @@ impl Membership {
             view: View::default(),
             signature: 0,
             rebuild: true,
+            links: Links::Sound,
             acquaintances: BTreeMap::new(),
             echo_losses: BTreeMap::new(),
             slow_answers: BTreeMap::new(),
@@ -527,6 +544,9 @@ impl Membership {
     fn shift(&mut self, by: Duration) {
         self.started += by;
         self.joining.put_off(by);
+        if let Links::Recovering(until) = &mut self.links {
+            *until += by;
+        }
         let tasks = std::mem::take(&mut self.tasks);
         self.tasks = tasks.into_iter().map(|((at, sequence), task)| ((at + by, sequence), task)).collect();
     }
@@ -543,6 +563,7 @@ impl Membership {
                 self.joining.may_answer_stale = true;
                 self.publish_if_due(now);
                 self.notice_unheard(now);
+                self.rebuild |= matches!(self.links, Links::Recovering(until) if until <= now);
                 self.schedule(now + self.config.timing.gossip_interval, Task::Tick);
             }
             Task::Hello => self.hello(now),

@@ -65,6 +65,11 @@ impl MemberView {
         self.is_in_force() && self.metadata.weight > 0
     }
 
+    /// Whether its probes or its echoes fail.
+    pub(crate) fn is_doubted(&self) -> bool {
+        self.suspected || self.echo_failing
+    }
+
     /// Whether it is active, on our side.
     pub fn is_in_force(&self) -> bool {
         self.state == MemberState::Active && self.admitted
@@ -123,7 +128,7 @@ impl View {
 
     /// Decides as the member called `own` whether to believe the suspicions: sets each [`MemberView::liveness`].
     pub fn judge(&mut self, own: MemberId) {
-        let is_doubted = |member: &MemberView| member.id != own && (member.suspected || member.echo_failing);
+        let is_doubted = |member: &MemberView| member.id != own && member.is_doubted();
         let others = self.members.iter().filter(|member| member.id != own).count();
         let doubted = self.members.iter().filter(|member| is_doubted(member)).count();
         self.distrusts_itself = distrusts_itself(others, doubted);
@@ -133,6 +138,14 @@ impl View {
             } else {
                 Liveness::Alive
             };
+        }
+    }
+
+    /// Goes on as if too many were doubted to believe it, if any is.
+    pub(crate) fn distrust(&mut self) {
+        for member in &mut self.members {
+            self.distrusts_itself |= member.liveness == Liveness::Suspect;
+            member.liveness = Liveness::Alive;
         }
     }
 

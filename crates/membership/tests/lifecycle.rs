@@ -332,6 +332,63 @@ fn who_was_cut_off_for_less_than_the_confirmation_time_is_believed_at_once() {
     }
 }
 
+/// It hears one after the other again, and holds none that it has not heard yet to be lost: that one may have acted for it meanwhile.
+#[test]
+fn who_was_cut_off_suspects_nobody_while_it_comes_back() {
+    for members in [3, 5, 10] {
+        for seed in 0..20 {
+            let mut cluster = settled(members, seed);
+            cluster.set_group(0, 1);
+            cluster.run_for(Duration::from_millis(1_200));
+            let distrusts = cluster.membership(0).unwrap().view().distrusts_itself;
+            assert!(distrusts, "{members} members, seed {seed}");
+            forget(&mut cluster);
+            cluster.heal();
+            settles(&mut cluster, 5 * SECOND);
+            let suspects = said(&cluster, [0], |event| matches!(event, Event::Liveness { .. }));
+            assert!(!suspects, "{members} members, seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn who_can_hear_again_and_not_one_member_diverts_from_that_one() {
+    for seed in 0..10 {
+        let mut cluster = settled(5, seed);
+        cluster.set_group(0, 1);
+        cluster.run_for(Duration::from_millis(1_200));
+        cluster.kill(1);
+        forget(&mut cluster);
+        cluster.heal();
+        let diverts = |cluster: &Cluster| {
+            said(cluster, [0], |event| match event {
+                Event::Liveness { id, liveness } => *id == MemberId(2) && *liveness == Liveness::Suspect,
+                Event::MemberDown { id, .. } => *id == MemberId(2),
+                _ => false,
+            })
+        };
+        let took = cluster.run_until(5 * SECOND, diverts).unwrap();
+        assert!(took < Duration::from_millis(1_500), "seed {seed}: {took:?}");
+    }
+}
+
+/// Half of the others are lost, one after the other: once the first is confirmed down the second is few.
+#[test]
+fn whoever_is_doubted_beside_a_member_that_is_confirmed_down_is_suspected_at_once() {
+    for seed in 0..10 {
+        let mut cluster = settled(5, seed);
+        cluster.kill(1);
+        cluster.run_for(Duration::from_millis(400));
+        cluster.kill(2);
+        forget(&mut cluster);
+        cluster.run_until(5 * SECOND, |cluster| said(cluster, [0], down)).unwrap();
+        let view = cluster.membership(0).unwrap().view();
+        assert!(!view.distrusts_itself, "seed {seed}");
+        let other = view.get(MemberId(2)).or_else(|| view.get(MemberId(3)));
+        assert!(other.is_none_or(|other| other.liveness == Liveness::Suspect), "seed {seed}");
+    }
+}
+
 /// It has confirmed all others down, and says so as soon as its link is back.
 #[test]
 fn who_was_cut_off_does_not_make_the_others_lose_each_other_when_it_is_back() {

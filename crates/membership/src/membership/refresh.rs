@@ -5,7 +5,7 @@ use std::{cmp::Ordering, sync::Arc, time::Instant};
 use foca::State;
 use phalanx_flow::{MemberId, member::Liveness};
 
-use super::{ECHO_LOSSES, Membership, swim};
+use super::{ECHO_LOSSES, Links, Membership, RECOVERY, swim};
 use crate::{
     config::Digest,
     event::{DownReason, Event, Warning},
@@ -90,7 +90,8 @@ impl Membership {
             }
             self.meet(member.id);
         }
-        let view = self.build();
+        let mut view = self.build();
+        self.judge_links(now, &mut view);
         let suspected = |id: &MemberId| view.get(*id).is_some_and(|member| member.suspected);
         self.suspected_since.retain(|id, _| suspected(id));
         for member in view.members.iter().filter(|member| member.suspected) {
@@ -98,6 +99,24 @@ impl Membership {
         }
         let old = std::mem::replace(&mut self.view, view);
         self.tell(&old);
+    }
+
+    /// Who could hear nobody hears one after the other again, and at some time doubts but a few: those it has not heard yet.
+    /// If they are few because others were confirmed down there is nothing to wait for.
+    fn judge_links(&mut self, now: Instant, view: &mut View) {
+        let is_heard = |id| view.get(id).is_some_and(|member| !member.is_doubted());
+        self.links = match self.links {
+            _ if view.distrusts_itself => Links::Doubtful,
+            Links::Doubtful if !self.view.members.iter().any(|old| old.is_doubted() && is_heard(old.id)) => {
+                Links::Sound
+            }
+            Links::Doubtful => Links::Recovering(now + self.config.timing.probe_period * RECOVERY),
+            Links::Recovering(until) if until <= now => Links::Sound,
+            links => links,
+        };
+        if let Links::Recovering(_) = self.links {
+            view.distrust();
+        }
     }
 
     fn replace(&mut self, id: MemberId) {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use phalanx_flow::decide::Outcome;
 use phalanx_flow::{MemberSlot, Verdict};
+use phalanx_membership::View;
 
 use super::{Checker, Findings};
 use crate::schedule::Change;
@@ -15,8 +16,9 @@ use crate::world::{Ruling, World};
 pub struct Diverts {
     /// When messages among members were last lost or late.
     noise: Option<Duration>,
-    /// Since when members distrust themselves, by their place.
-    distrusting: BTreeMap<usize, Duration>,
+    /// Since when members distrust themselves, by their place, and then since when they do so though they doubt few: they hear others
+    /// again, and wait for the last.
+    distrusting: BTreeMap<(usize, bool), Duration>,
 }
 
 /// From a member's last sign of life until all others suspect it and send its packets to the next in their rows.
@@ -28,6 +30,12 @@ pub const DIVERTED: Duration = Duration::from_millis(1_000);
 /// Who was cut off from others may be suspected by them, and confirmed down, after it hears them again; until it has joined again it may
 /// suspect too many to trust itself.
 const QUIET: Duration = Duration::from_secs(8);
+
+/// If who has this view distrusts itself: whether it doubts less than half of the others all the same.
+fn distrusts(view: &View) -> Option<bool> {
+    let doubted = view.members.iter().filter(|member| member.suspected || member.echo_failing).count();
+    view.distrusts_itself.then_some(doubted * 2 < view.members.len().saturating_sub(1))
+}
 
 impl Checker for Diverts {
     fn name(&self) -> &'static str {
@@ -43,10 +51,13 @@ impl Checker for Diverts {
             self.noise = Some(world.now);
         }
         for (node, member) in world.nodes.iter().enumerate() {
-            if member.process.as_ref().is_some_and(|process| process.last_view.distrusts_itself) {
-                self.distrusting.entry(node).or_insert(world.now);
-            } else {
-                self.distrusting.remove(&node);
+            let distrusts = member.process.as_ref().and_then(|process| distrusts(&process.last_view));
+            for few in [false, true] {
+                if distrusts == Some(few) {
+                    self.distrusting.entry((node, few)).or_insert(world.now);
+                } else {
+                    self.distrusting.remove(&(node, few));
+                }
             }
         }
     }
@@ -72,9 +83,11 @@ impl Checker for Diverts {
             return;
         }
         // A lost probe or two, and it suspects another one until that has said that it lives.
-        let since = self.distrusting.get(&ruling.node).copied().unwrap_or(world.now);
-        if process.last_view.distrusts_itself && world.now.saturating_sub(since) < diverted {
-            return;
+        if let Some(few) = distrusts(&process.last_view) {
+            let since = self.distrusting.get(&(ruling.node, few)).copied().unwrap_or(world.now);
+            if world.now.saturating_sub(since) < diverted {
+                return;
+            }
         }
         // Who has just come, nobody may have heard of yet.
         let lives = |node: usize| {

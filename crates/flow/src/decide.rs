@@ -483,8 +483,8 @@ impl Roles {
             if other(previous.owner()) {
                 return previous.owner();
             }
-            // A previous owner that lives and is us knows as little as we do: then its backup is as good as nobody.
-            if previous.owner() != self.local.slot && other(previous.backup()) {
+            // If that is us, its backup may have acted for us while we had no lease.
+            if other(previous.backup()) {
                 return previous.backup();
             }
         }

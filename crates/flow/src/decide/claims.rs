@@ -587,6 +587,25 @@ fn a_hand_off_says_which_record_its_sender_has() {
     assert_eq!(handed_to(&World::of(THIRD).decide(arrival, DATA)), Some(BACKUP));
 }
 
+/// It had no lease for a moment, so that what began then was recorded by who was its backup, and holds the row no more.
+#[test]
+fn an_owner_asks_who_was_its_backup_before_a_change() {
+    let owner = World { previous: Some([OWNER, THIRD, MemberSlot::NONE]), ..World::of(OWNER) };
+    for (hops, next) in [(0, OWNER), (1, BACKUP)] {
+        let (to, arrival) = handed_on(&owner.decide(Arrival { hops, ..Arrival::WIRE }, DATA));
+        assert_eq!(to, THIRD);
+        let third = World { flow: former(FlowState::Established), ..World::of(THIRD) };
+        assert_eq!(third.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+        // Who knows nothing either gives it back, or asks the backup of now if that would be a hop too many.
+        assert_eq!(handed_to(&World::of(THIRD).decide(arrival, DATA)), Some(next));
+        // The twin: nothing has moved.
+        let settled = World { previous: None, ..owner.clone() };
+        assert_eq!(handed_to(&settled.decide(Arrival { hops, ..Arrival::WIRE }, DATA)), Some(BACKUP));
+    }
+    let last = Arrival { hops: MAX_HOPS, ..Arrival::WIRE };
+    assert_eq!(handed_to(&owner.decide(last, DATA)), Some(BACKUP));
+}
+
 /// News of the tuple's next use is still on its way to an owner that is new.
 #[test]
 fn a_new_owner_asks_before_it_believes_that_a_connection_has_ended() {

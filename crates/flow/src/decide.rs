@@ -592,6 +592,9 @@ impl Roles {
         } else if self.bypassed.is_some() {
             // Who gets it may hand it on no more: that we have the flow says more than whom others passed over.
             if knows { (self.local.slot, true) } else { (self.bypassed, self.known) }
+        } else if knows && self.row.backup() == self.local.slot {
+            // Acting for an owner that is suspected, we ask somebody who may have older news than we.
+            (self.local.slot, true)
         } else if to != owner && owner.is_some() && !self.usable(tables, owner) {
             (owner, knows && owner == self.local.slot)
         } else if knows {

@@ -606,6 +606,24 @@ fn an_owner_asks_who_was_its_backup_before_a_change() {
     assert_eq!(handed_to(&owner.decide(last, DATA)), Some(BACKUP));
 }
 
+/// Its own entry is of a half-closed connection, so it asks who held the row before; that one may have the tuple's use before, and must
+/// hear which of the two is newer.
+#[test]
+fn a_backup_that_acts_for_a_lost_owner_says_what_it_has_when_it_asks() {
+    let closing = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });
+    let previous = Some([BACKUP, THIRD, MemberSlot::NONE]);
+    let backup = World { flow: made(closing, 10), previous, suspect: Some(OWNER), ..World::of(BACKUP) };
+    let (to, arrival) = handed_on(&backup.decide(Arrival::WIRE, DATA));
+    assert_eq!((to, arrival.bypassed, arrival.known), (THIRD, Some(MemberId(1)), true));
+    let third = |ago| World { flow: made(former(FlowState::Closing), ago), ..World::of(THIRD) };
+    let (to, arrival) = handed_on(&third(60_000).decide(arrival, DATA));
+    assert_eq!(to, BACKUP);
+    assert_eq!(backup.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+    // The twin: what that one has is newer.
+    let (_, arrival) = handed_on(&backup.decide(Arrival::WIRE, DATA));
+    assert_eq!(third(1).decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
 /// News of the tuple's next use is still on its way to an owner that is new.
 #[test]
 fn a_new_owner_asks_before_it_believes_that_a_connection_has_ended() {

@@ -43,15 +43,16 @@ impl Membership {
         let signature = swim::signature(&self.swim.0);
         let changed = self.board.lock().take_changed();
         let before = (self.view.digest, self.view.distrusts_itself, self.view.pending);
-        if signature != self.signature || self.rebuild {
+        let rebuilt = signature != self.signature || self.rebuild;
+        if rebuilt {
             self.rebuild(now, signature);
         } else if changed.is_empty() {
             return;
         } else {
             // The usual case, many times a second in a large cluster: somebody says something new of itself.
-            for id in changed {
-                self.meet(id);
-                self.replace(id);
+            for id in &changed {
+                self.meet(*id);
+                self.replace(*id);
             }
         }
         if before.2 != self.view.pending {
@@ -70,7 +71,13 @@ impl Membership {
         if self.view.distrusts_itself && !before.1 {
             self.events.push_back(Event::Warning(Warning::DistrustsItself));
         }
-        self.compare_backends();
+        if rebuilt || changed.contains(&self.config.id) {
+            self.compare_all_backends();
+        } else {
+            for id in changed {
+                self.compare_backends(id);
+            }
+        }
     }
 
     fn rebuild(&mut self, now: Instant, signature: u64) {
@@ -230,20 +237,23 @@ impl Membership {
         }
     }
 
-    fn compare_backends(&mut self) {
-        let ours = self.config.metadata.backends;
-        let all_equal =
-            self.view.members.iter().all(|member| !member.known || member.metadata.backends == ours);
-        if all_equal && self.warned_backends.is_empty() {
-            return;
+    fn compare_all_backends(&mut self) {
+        let members: Vec<MemberId> = self.view.members.iter().map(|member| member.id).collect();
+        for id in members {
+            self.compare_backends(id);
         }
-        for member in self.view.members.iter().filter(|member| member.known && member.id != self.config.id) {
-            let theirs = member.metadata.backends;
-            if theirs == ours {
-                self.warned_backends.remove(&member.id);
-            } else if self.warned_backends.insert(member.id, (theirs, ours)) != Some((theirs, ours)) {
-                self.events.push_back(Event::Warning(Warning::BackendsDiffer(member.id)));
-            }
+    }
+
+    fn compare_backends(&mut self, id: MemberId) {
+        let ours = self.config.metadata.backends;
+        let Some(member) = self.view.get(id).filter(|member| member.known && id != self.config.id) else {
+            return;
+        };
+        let theirs = member.metadata.backends;
+        if theirs == ours {
+            self.warned_backends.remove(&id);
+        } else if self.warned_backends.insert(id, (theirs, ours)) != Some((theirs, ours)) {
+            self.events.push_back(Event::Warning(Warning::BackendsDiffer(id)));
         }
     }
 

@@ -475,16 +475,17 @@ impl Roles {
         }
     }
 
-    /// Somebody else who may hold a flow that we, its acting owner, do not know (design §4, step 5).
+    /// Somebody else who may hold a flow that we, its acting owner, do not know, or do not believe what we have of it (design §4, step 5).
     #[inline(always)]
-    fn other_holder<T: Tables>(&self, tables: &T) -> MemberSlot {
+    fn other_holder<T: Tables>(&self, tables: &T, has: bool) -> MemberSlot {
         let other = |slot: MemberSlot| slot != self.local.slot && self.usable(tables, slot);
         if let Some(previous) = tables.previous_row(self.row_number) {
             if other(previous.owner()) {
                 return previous.owner();
             }
-            // If that is us, its backup may have acted for us while we had no lease.
-            if other(previous.backup()) {
+            // If that is us, its backup may have acted for us while we had no lease. About what we have ourselves the backup of now has
+            // newer news.
+            if other(previous.backup()) && (previous.owner() != self.local.slot || !has) {
                 return previous.backup();
             }
         }
@@ -505,7 +506,7 @@ impl Roles {
         if self.known && !has {
             return self.bypassed;
         }
-        let other = self.other_holder(tables);
+        let other = self.other_holder(tables, has);
         if has && !other.is_some() { self.passed_over(tables) } else { other }
     }
 

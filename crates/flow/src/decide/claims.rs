@@ -604,6 +604,9 @@ fn an_owner_asks_who_was_its_backup_before_a_change() {
     }
     let last = Arrival { hops: MAX_HOPS, ..Arrival::WIRE };
     assert_eq!(handed_to(&owner.decide(last, DATA)), Some(BACKUP));
+    // What it has and doubts, its backup may have recorded anew since.
+    let doubting = World { flow: former(FlowState::Established), ..owner };
+    assert_eq!(handed_to(&doubting.decide(Arrival::WIRE, DATA)), Some(BACKUP));
 }
 
 /// Its own entry is of a half-closed connection, so it asks who held the row before; that one may have the tuple's use before, and must
@@ -611,7 +614,7 @@ fn an_owner_asks_who_was_its_backup_before_a_change() {
 #[test]
 fn a_backup_that_acts_for_a_lost_owner_says_what_it_has_when_it_asks() {
     let closing = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });
-    let previous = Some([BACKUP, THIRD, MemberSlot::NONE]);
+    let previous = Some([THIRD, BACKUP, MemberSlot::NONE]);
     let backup = World { flow: made(closing, 10), previous, suspect: Some(OWNER), ..World::of(BACKUP) };
     let (to, arrival) = handed_on(&backup.decide(Arrival::WIRE, DATA));
     assert_eq!((to, arrival.bypassed, arrival.known), (THIRD, Some(MemberId(1)), true));

@@ -66,7 +66,7 @@ impl MemberView {
     }
 
     /// Whether its probes or its echoes fail.
-    pub(crate) fn is_doubted(&self) -> bool {
+    pub fn is_doubted(&self) -> bool {
         self.suspected || self.echo_failing
     }
 

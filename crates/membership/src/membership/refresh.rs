@@ -41,7 +41,7 @@ impl Membership {
 
     fn refresh(&mut self, now: Instant) {
         let signature = swim::signature(&self.swim.0);
-        let changed = self.board.lock().take_changed();
+        let mut changed = self.board.lock().take_changed();
         let before = (self.view.digest, self.view.distrusts_itself, self.view.pending);
         let rebuilt = signature != self.signature || self.rebuild;
         if rebuilt {
@@ -72,12 +72,9 @@ impl Membership {
             self.events.push_back(Event::Warning(Warning::DistrustsItself));
         }
         if rebuilt || changed.contains(&self.config.id) {
-            self.compare_all_backends();
-        } else {
-            for id in changed {
-                self.compare_backends(id);
-            }
+            changed = self.view.members.iter().map(|member| member.id).collect();
         }
+        self.compare_backends(&changed);
     }
 
     fn rebuild(&mut self, now: Instant, signature: u64) {
@@ -237,23 +234,16 @@ impl Membership {
         }
     }
 
-    fn compare_all_backends(&mut self) {
-        let members: Vec<MemberId> = self.view.members.iter().map(|member| member.id).collect();
-        for id in members {
-            self.compare_backends(id);
-        }
-    }
-
-    fn compare_backends(&mut self, id: MemberId) {
-        let ours = self.config.metadata.backends;
-        let Some(member) = self.view.get(id).filter(|member| member.known && id != self.config.id) else {
-            return;
-        };
-        let theirs = member.metadata.backends;
-        if theirs == ours {
-            self.warned_backends.remove(&id);
-        } else if self.warned_backends.insert(id, (theirs, ours)) != Some((theirs, ours)) {
-            self.events.push_back(Event::Warning(Warning::BackendsDiffer(id)));
+    fn compare_backends(&mut self, with: &[MemberId]) {
+        let (own, ours) = (self.config.id, self.config.metadata.backends);
+        let members = with.iter().filter_map(|id| self.view.get(*id));
+        for member in members.filter(|member| member.known && member.id != own) {
+            let theirs = member.metadata.backends;
+            if theirs == ours {
+                self.warned_backends.remove(&member.id);
+            } else if self.warned_backends.insert(member.id, (theirs, ours)) != Some((theirs, ours)) {
+                self.events.push_back(Event::Warning(Warning::BackendsDiffer(member.id)));
+            }
         }
     }
 

@@ -33,7 +33,7 @@ const QUIET: Duration = Duration::from_secs(8);
 
 /// If who has this view distrusts itself: whether it doubts less than half of the others all the same.
 fn distrusts(view: &View) -> Option<bool> {
-    let doubted = view.members.iter().filter(|member| member.suspected || member.echo_failing).count();
+    let doubted = view.members.iter().filter(|member| member.is_doubted()).count();
     view.distrusts_itself.then_some(doubted * 2 < view.members.len().saturating_sub(1))
 }
 

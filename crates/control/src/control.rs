@@ -24,12 +24,14 @@ use crate::planner::{Destinations, Planner, Service, TableChange};
 mod cached;
 mod former;
 mod repair;
+mod room;
 
 use cached::Kept;
 use former::SUSPECTED_AFTER;
 pub use former::doubt_all;
 use repair::Repair;
 pub use repair::{REPAIR_EVERY, RepairCounters};
+use room::RoomToJoin;
 
 /// Events taken at once, so that a burst does not keep views and frames waiting.
 const EVENTS_AT_ONCE: usize = 16_384;
@@ -84,6 +86,8 @@ pub enum Event {
     Slots(HashMap<MemberId, MemberSlot>),
     /// So many records go to other members because of a change.
     Planned(usize),
+    /// There is room for what the others will send us: the membership may ask to join.
+    RoomMade,
     /// All that the pending view of this name moves has been sent: the membership is to report it.
     ReadyFor(Digest),
     /// The same, though these members do not acknowledge what they are sent.
@@ -132,6 +136,7 @@ pub struct Control {
     generation: u32,
     transferring: bool,
     change: Phase,
+    room: RoomToJoin,
     repair: Repair,
     kept_cached: Option<Kept>,
     leaving_since: Option<Instant>,
@@ -177,6 +182,7 @@ impl Control {
             generation: 0,
             transferring: false,
             change: Phase::Settled,
+            room: RoomToJoin::default(),
             repair: Repair::default(),
             kept_cached: None,
             leaving_since: None,
@@ -276,8 +282,9 @@ impl Control {
         };
         if let Some(planned) = &planned {
             // First, because it takes as long as the others take to plan what they send.
-            self.make_room(planned);
+            self.make_room(&*planned.old, &*planned.new);
         }
+        self.make_room_to_join();
         if change.as_ref().is_some_and(|change| change.departed) {
             self.traffic.begin();
         }
@@ -365,6 +372,7 @@ impl Control {
         }
         self.pump(now);
         self.report_if_due(now);
+        self.say_if_room_is_made();
         self.look_at_counters_if_due(now);
         if self.planner.settle(now) {
             self.install();
@@ -579,14 +587,6 @@ impl Control {
             this.replicator.begin_transfer(now, transfer);
         });
         self.transferring = true;
-    }
-
-    /// What others will send us for a planned change, by what they say that they have.
-    fn make_room(&self, change: &TableChange) {
-        let local = self.settings.local;
-        let others = self.view.members.iter().filter(|member| member.id != local);
-        let held = others.map(|member| member.metadata.flows).sum();
-        self.forwarder.make_room(expected_records(local, &*change.old, &*change.new, held));
     }
 
     /// The change as the rebalancer sees it.
@@ -953,19 +953,6 @@ impl Control {
             }
         }
     }
-}
-
-/// How many records `local` will be sent when `new` follows `old`, if the other members hold so many: each row has as many flows as any
-/// other, and each flow is held as often as its row has holders.
-fn expected_records(local: MemberId, old: &dyn Ranking, new: &dyn Ranking, held: u64) -> usize {
-    let (mut copies, mut gained) = (0_u64, 0_u64);
-    for row in 0..new.row_count() {
-        let holders = old.holders(row);
-        copies += holders.iter().flatten().count() as u64;
-        gained += u64::from(new.holders(row).contains(&Some(local)) && !holders.contains(&Some(local)));
-    }
-    let expected = (u128::from(held) * u128::from(gained)).checked_div(u128::from(copies));
-    expected.and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
 }
 
 /// Empties a forwarder's tables. What it presumes of used tuples, which nobody is told of, goes by itself in the time of a half-open flow.

@@ -484,6 +484,14 @@ impl Planner {
         Ok(Some(change))
     }
 
+    /// Who would own what if we joined those who rank in this view.
+    pub fn joined(&self, view: &View) -> Result<Arc<TableRanking>, RankingError> {
+        let us = view.get(self.fixed.local).filter(|own| own.metadata.weight > 0);
+        let members: Vec<RankedMember> =
+            view.ranked().chain(us).map(|member| ranked_member(member, member.metadata.weight)).collect();
+        Ok(self.rank(self.row_table(&members)?))
+    }
+
     /// All that the pending table moves has been sent by us, and is kept up to date.
     pub fn pending_is_sent(&mut self) {
         if let Some(pending) = &mut self.pending {

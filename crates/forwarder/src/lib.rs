@@ -125,8 +125,14 @@ pub trait Forwarder: Send + Sync {
     /// One answer a record, in order.
     fn upsert(&self, records: &[Record]) -> Vec<Upserted>;
 
-    /// So many records more may come soon: makes room for them ahead where the table grows as they come. A hint.
+    /// So many records more may come soon: makes room for them ahead where the table grows as they come, which
+    /// [`has_room`](Self::has_room) says the end of. A hint.
     fn make_room(&self, _records: usize) {}
+
+    /// Whether all room that was asked for is made.
+    fn has_room(&self) -> bool {
+        true
+    }
 
     /// Removes a flow if its entry has this birth (any birth if it is 0) and no packet of it was seen for `min_idle`.
     /// Whether it was removed.

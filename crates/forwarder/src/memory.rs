@@ -122,6 +122,10 @@ macro_rules! forward_to_engine {
             self.$engine.make_room(records);
         }
 
+        fn has_room(&self) -> bool {
+            self.$engine.has_room()
+        }
+
         fn remove(&self, key: &phalanx_flow::FlowKey, birth: u64, min_idle: std::time::Duration) -> bool {
             self.$engine.remove(key, birth, min_idle)
         }

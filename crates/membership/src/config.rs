@@ -50,6 +50,8 @@ pub struct Config {
     pub resume: bool,
     /// Wait for [`crate::Membership::activate`] instead of turning active as soon as the cluster is known. Default false.
     pub hold_joining: bool,
+    /// Ask to join an active cluster only once [`crate::Membership::report_room`] was called, or after 10 s. Default false.
+    pub waits_for_room: bool,
 }
 
 impl Config {
@@ -70,6 +72,7 @@ impl Config {
             bootstrap_wait: Duration::from_secs(2),
             resume: false,
             hold_joining: false,
+            waits_for_room: false,
         }
     }
 

@@ -88,6 +88,27 @@ fn a_joiner_ranks_only_when_the_last_member_is_ready_and_then_in_one_step() {
 }
 
 #[test]
+fn a_joiner_that_waits_for_room_asks_when_it_has_it_or_ten_seconds_after_it_met_somebody() {
+    for told in [true, false] {
+        let mut cluster = held(3, 4);
+        let joiner = cluster.add(Config { waits_for_room: true, ..lan(4) }).unwrap();
+        let pending = |cluster: &Cluster| cluster.membership(0).unwrap().view().pending;
+        cluster.run_for(9 * SECOND);
+        assert_eq!((state(&cluster, joiner), pending(&cluster)), (MemberState::Joining, None));
+        if told {
+            cluster.with(joiner, |membership, now| membership.report_room(now));
+            cluster.run_for(SECOND / 2);
+            assert_ne!(pending(&cluster), None);
+        } else {
+            cluster.run_for(3 * SECOND);
+            assert_ne!(pending(&cluster), None, "it goes on without");
+        }
+        report_all(&mut cluster);
+        cluster.run_until(5 * SECOND, Cluster::is_settled).expect("the joiner joins");
+    }
+}
+
+#[test]
 fn a_word_for_another_pending_view_is_no_word() {
     let mut cluster = held(2, 1);
     let first = cluster.add(lan(3)).unwrap();

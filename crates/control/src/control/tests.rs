@@ -17,6 +17,7 @@ use phalanx_forwarder::memory::MemoryForwarder;
 use phalanx_membership::{Metadata, Wish};
 
 use super::former::STRANGERS_STAY;
+use super::room::expected_records;
 use super::*;
 use crate::planner::Fixed;
 
@@ -517,4 +518,24 @@ fn a_member_expects_its_share_of_the_flows_that_the_others_hold() {
     assert_eq!(expected(&joined, &joined, 2_000), 0, "what it holds it is not sent");
     assert_eq!(expected(&joined, &pair, 2_000), 0);
     assert_eq!(expected(&Rows(vec![[None; 3]; 4]), &joined, 2_000), 0, "nobody held anything by a table");
+}
+
+#[test]
+fn a_joiner_has_room_for_what_it_will_be_sent_before_it_asks_to_join() {
+    let mut site = Site::new(&[1, 2, 3]);
+    let made = |site: &Site| {
+        let made = site.said.iter().filter(|(_, event)| matches!(event, Event::RoomMade));
+        made.map(|(who, _)| *who).collect::<Vec<_>>()
+    };
+    site.see(&[], &[1, 2, 3], 1, None);
+    site.pass(TICK);
+    assert_eq!(made(&site), [], "nobody is active");
+    site.see(&[1, 2], &[3], 2, None);
+    assert_eq!(made(&site), [], "its forwarder was not asked yet");
+    site.pass(TICK);
+    assert_eq!(made(&site), [3]);
+    site.see(&[1, 2], &[3], 2, Some(3));
+    site.see(&[1, 2, 3], &[], 3, None);
+    site.pass(4 * TICK);
+    assert_eq!(made(&site), [3], "once is enough");
 }

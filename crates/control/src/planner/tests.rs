@@ -381,6 +381,10 @@ fn a_planned_change_moves_no_row_until_it_is_in_force_and_is_sent_once() {
     let before = planner.plan().rows;
     assert!(planner.set_view(&joining(), true).unwrap().is_none());
     let change = planner.set_pending(&joining()).unwrap().expect("there is something to send");
+    let mut joiner = Planner::new(fixed(4)).unwrap();
+    joiner.set_view(&joining(), true).unwrap().expect("the table of the others");
+    let foreseen = joiner.joined(&joining()).unwrap();
+    assert_eq!(foreseen.table.members(), change.new.table.members(), "what a joiner makes room for");
     assert!(change.survivors.blank.contains(&MemberId(4)));
     assert!(change.old.table.changed_rows(&change.new.table).count() > 0);
     assert!(Arc::ptr_eq(&planner.plan().rows, &before), "the forwarder goes on as it was");

@@ -758,6 +758,11 @@ impl Engine {
         self.table.make_room(records);
     }
 
+    /// See [`crate::Forwarder::has_room`].
+    pub fn has_room(&self) -> bool {
+        self.table.has_room()
+    }
+
     /// See [`crate::Forwarder::remove`].
     pub fn remove(&self, key: &FlowKey, birth: u64, min_idle: Duration) -> bool {
         let hash = self.hash(key);

@@ -365,6 +365,8 @@ impl Share {
 #[derive(Debug)]
 pub(crate) struct FlowTable {
     shards: Arc<[Share]>,
+    /// Threads that make room.
+    making_room: Arc<AtomicUsize>,
 }
 
 impl FlowTable {
@@ -375,7 +377,7 @@ impl FlowTable {
             tag_mask: AtomicUsize::new(0),
             shard: Mutex::new(Shard::new(limits, &pages)),
         };
-        Self { shards: (0..SHARDS).map(|_| share()).collect() }
+        Self { shards: (0..SHARDS).map(|_| share()).collect(), making_room: Arc::default() }
     }
 
     #[inline]
@@ -427,11 +429,23 @@ impl FlowTable {
         let shares = Arc::clone(&self.shards);
         let make = move || shares.iter().for_each(|share| share.lock().make_room());
         if flows < MUCH_ROOM {
-            make();
-        } else if let Err(error) = std::thread::Builder::new().name("make room".to_owned()).spawn(make) {
-            // Then it is made share by share.
-            drop(error);
+            return make();
         }
+        let making = Arc::clone(&self.making_room);
+        making.fetch_add(1, Ordering::Relaxed);
+        let thread = std::thread::Builder::new().name("make room".to_owned()).spawn(move || {
+            make();
+            making.fetch_sub(1, Ordering::Release);
+        });
+        if thread.is_err() {
+            // Then it is made share by share.
+            self.making_room.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether no thread makes room.
+    pub(crate) fn has_room(&self) -> bool {
+        self.making_room.load(Ordering::Acquire) == 0
     }
 
     pub(crate) fn shards(&self) -> impl Iterator<Item = MutexGuard<'_, Shard>> {
@@ -475,15 +489,17 @@ mod tests {
     fn much_room_is_made_by_somebody_else_or_with_the_first_write() {
         let limits = TableLimits { flows: 1 << 20, ..TableLimits::default() };
         let table = FlowTable::new(limits);
+        assert!(table.has_room());
         table.make_room(MUCH_ROOM);
         let (share, hash) = (MUCH_ROOM / SHARDS, 5);
         let mut shard = table.shard(hash);
         shard.prefetch_for_writes(std::iter::once(hash));
         assert!(shard.flows.capacity() >= share, "{}", shard.flows.capacity());
         drop(shard);
-        while table.shards().any(|shard| shard.flows.capacity() < share) {
+        while !table.has_room() {
             std::thread::yield_now();
         }
+        assert!(table.shards().all(|shard| shard.flows.capacity() >= share));
     }
 
     #[test]

@@ -46,6 +46,9 @@ const RESUMES_AFTER: u32 = 4;
 /// How long a joiner waits for the metadata of members it has heard of, before it goes ahead without.
 const METADATA_WAIT: Duration = Duration::from_secs(1);
 
+/// How long a joiner waits at most for room for what it will be sent: kernels clear some 400 MB a second at least, two million flows.
+const ROOM_WAIT: Duration = Duration::from_secs(10);
+
 #[derive(Debug, Default)]
 pub(super) struct Joining {
     nonces: VecDeque<u64>,
@@ -54,6 +57,7 @@ pub(super) struct Joining {
     told: Option<Refusal>,
     id_in_use_since: Option<Instant>,
     pub(super) may_answer_stale: bool,
+    has_room: bool,
 }
 
 impl Joining {
@@ -453,6 +457,13 @@ impl Membership {
         self.schedule(now, Task::Hello);
     }
 
+    /// Says that there is room for what the others will send this member once it asks to join: see [`Config::waits_for_room`].
+    pub fn report_room(&mut self, now: Instant) {
+        if !std::mem::replace(&mut self.joining.has_room, true) {
+            self.settle(now);
+        }
+    }
+
     /// Asks to join, or turns active alone, if it is time to; whether anything changed.
     pub(super) fn step(&mut self, now: Instant) -> bool {
         if self.state != MemberState::Joining
@@ -476,16 +487,19 @@ impl Membership {
             let waited = now.saturating_duration_since(met);
             // Who resumes has a table of all who were there. It comes back to one of all who are there: who is met first names the others.
             let settled = !self.is_resuming() || waited >= self.config.timing.gossip_interval * RESUMES_AFTER;
-            if self.wish.is_none() && (all_known && settled || waited >= METADATA_WAIT) {
-                if self.is_resuming() {
-                    // It is what the others know it as; if they have taken it out meanwhile, they meet it as another side.
-                    self.activate_alone(now);
-                } else {
-                    self.wish_to_join(now);
-                }
+            if self.wish.is_some() || !(all_known && settled || waited >= METADATA_WAIT) {
+                return false;
+            }
+            if self.is_resuming() {
+                // It is what the others know it as; if they have taken it out meanwhile, they meet it as another side.
+                self.activate_alone(now);
                 return true;
             }
-            return false;
+            let has_room = !self.config.waits_for_room || self.joining.has_room || waited >= ROOM_WAIT;
+            if has_room {
+                self.wish_to_join(now);
+            }
+            return has_room;
         }
         self.joining.met_active = None;
         if self.wish.take().is_some() {

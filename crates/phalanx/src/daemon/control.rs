@@ -497,6 +497,7 @@ impl ControlDriver {
             }
             ControlEvent::Slots(slots) => self.membership.command(Command::Slots(slots)),
             ControlEvent::Planned(records) => tracing::info!(records, "transfer tables"),
+            ControlEvent::RoomMade => self.membership.command(Command::RoomMade),
             ControlEvent::ReadyFor(name) => {
                 tracing::info!(pending = format!("{:016x}", name.0), "ready for a planned change");
                 self.membership.command(Command::Done(name));

@@ -52,6 +52,8 @@ pub enum Command {
     Metadata(Metadata),
     /// See [`Membership::begin_leave`].
     BeginLeave,
+    /// See [`Membership::report_room`].
+    RoomMade,
     /// See [`Membership::report_done`].
     Done(Digest),
     /// See [`Membership::leave`].
@@ -215,6 +217,7 @@ impl Worker {
                 }
             }
             Command::BeginLeave => self.membership.begin_leave(now),
+            Command::RoomMade => self.membership.report_room(now),
             Command::Done(name) => self.membership.report_done(now, name),
             Command::Leave => self.membership.leave(now),
             Command::Keys(keys) => self.membership.set_keys(&keys),

@@ -317,6 +317,7 @@ fn membership_config(
             Some(Resumed { alone: true, .. }) => Duration::ZERO,
             _ => config.cluster.bootstrap_wait,
         },
+        waits_for_room: true,
         ..MembershipConfig::new(config.member.id, config.gossip_address(), keys)
     }
 }

@@ -453,6 +453,9 @@ impl World {
                 self.tell(|| format!("m{name} has handed over what it held"));
                 self.with_membership(at, |membership, clock| membership.leave(clock));
             }
+            ControlEvent::RoomMade => {
+                self.with_membership(at, |membership, clock| membership.report_room(clock));
+            }
             ControlEvent::ReadyFor(pending) => {
                 self.tell(|| format!("m{name} is ready for view {:016x}", pending.0));
                 self.with_membership(at, |membership, clock| membership.report_done(clock, pending));

@@ -282,6 +282,7 @@ pub(super) fn start(
         timing: settings.timing.clone(),
         metadata: metadata.clone(),
         shared: Shared { rows: Digest(settings.rows as u64), ..Shared::default() },
+        waits_for_room: true,
         ..Config::new(node.id, node.address, keys)
     };
     let membership = Membership::new(config, rng_seed, clock).map_err(|error| error.to_string())?;

@@ -36,18 +36,21 @@ pub fn draw(report: &Report) -> Option<String> {
     let to = chaos.samples.last().map_or(1.0, |sample| sample.at_s).max(report.duration_s);
     let x = |second: f64| LEFT + (second - from) / (to - from).max(1.0) * (RIGHT - LEFT);
     let mut svg = Svg::new(WIDTH, HEIGHT);
-    svg.text(LEFT, 30.0, "start", INK, 17, &format!("phalanx lab --chaos {}", chaos.seed));
     let topology = match report.topology {
         Topology::Lan => "lan",
         Topology::Routed => "routed",
     };
-    let what = format!(
-        "{} members ({}), {topology}, {}, replication {}: {} changes, {} connections opened, every byte checked at both ends, \
-         always at least {:.0} % off the consistent table",
+    let title = format!(
+        "phalanx lab --chaos {}: {} members ({}), {topology}, {}, replication {}",
+        chaos.seed,
         report.members,
         report.forwarder,
         report.method,
         if report.replication { "on" } else { "off" },
+    );
+    svg.text(LEFT, 30.0, "start", INK, 17, &title);
+    let what = format!(
+        "{} changes, {} connections opened, every byte checked at both ends, always at least {:.0} % off the consistent table",
         chaos.steps,
         thousands(report.opened),
         chaos.least_deviating_share.unwrap_or_default() * 100.0,

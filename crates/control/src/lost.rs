@@ -32,6 +32,8 @@ pub(crate) const SILENCE: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub(crate) struct Lost {
     members: BTreeSet<MemberId>,
+    /// These, and those of them that are back.
+    ever: BTreeSet<MemberId>,
     /// The table that had them, and how many it ranked.
     table: Option<(Arc<[Row]>, usize)>,
     doubted: bool,
@@ -48,6 +50,7 @@ impl Lost {
             // Those before are believed to be down, and what their table said of rows has changed hands since.
             *self = Self::default();
         }
+        self.ever.extend(&gone);
         self.members.extend(gone);
         self.table.get_or_insert(table);
         self.doubted = true;
@@ -68,9 +71,10 @@ impl Lost {
         }
     }
 
-    /// Whether half of the members or more are lost, now that `ranked` are left.
+    /// Whether half of the members or more are lost, now that `ranked` are left. Who has left by itself is not lost: that few are left then
+    /// says nothing of us.
     pub(crate) fn is_half(&self, ranked: usize) -> bool {
-        self.table.as_ref().is_some_and(|(_, before)| ranked * 2 <= *before)
+        self.table.as_ref().is_some_and(|(_, before)| self.ever.len() * 2 >= *before && ranked * 2 <= *before)
     }
 
     /// Whether anything changed by it.

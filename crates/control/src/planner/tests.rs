@@ -495,3 +495,26 @@ fn the_lost_are_doubted_until_they_have_said_that_they_are_back() {
     planner.set_view(&view(2, vec![active(1), back(true)]), true).unwrap();
     assert_eq!(suspects(&planner), 1);
 }
+
+/// Chaos broke a connection of a row whose owner was about to leave: with the one that had died half a minute before, half were gone, and
+/// the table that had that one was asked in the place of the last.
+#[test]
+fn who_leaves_makes_no_half_of_the_lost() {
+    let mut planner = settled();
+    let see = |planner: &mut Planner, members: Vec<MemberView>| {
+        planner.set_view(&view(9, members), true).unwrap();
+        (planner.lost_half(), holders_before(&planner.plan()))
+    };
+    see(&mut planner, [1, 2, 3, 4].map(active).to_vec());
+    planner.close_window();
+    assert!(!see(&mut planner, [1, 2, 3].map(active).to_vec()).0, "one of four was lost");
+    let leaving = member(3, 1, MemberState::Leaving, Liveness::Alive);
+    let (half, asked) = see(&mut planner, vec![active(1), active(2), leaving]);
+    assert!(!half, "and another one leaves");
+    let before = asked.iter().flatten().filter(|id| **id == Some(MemberId(3))).count();
+    assert!(
+        before > 0 && asked.iter().all(|holders| holders != &[Some(MemberId(4)), None]),
+        "who leaves is asked"
+    );
+    assert!(see(&mut planner, vec![active(1)]).0, "one of two was lost");
+}

@@ -157,7 +157,7 @@ fn bench(root: &Path, which: Bench, arguments: &[String]) -> Result<()> {
             execute(cargo(root, &["bench", "-p", "phalanx-flow", "--bench", "ranking", "--"]).args(arguments))
         }
         Bench::Xdp => {
-            let run = ["run", "--release", "-p", "phalanx-forwarder-xdp", "--example", "bench", "--"];
+            let run = ["run", "--release", "-p", "phalanx-forwarder-xdp", "--example", "xdp", "--"];
             execute(cargo(root, &run).args(arguments))
         }
         Bench::Transfer => {
@@ -173,11 +173,7 @@ fn bench(root: &Path, which: Bench, arguments: &[String]) -> Result<()> {
             )
         }
         Bench::Rawsock => {
-            let example = "crates/forwarder-rawsock/examples/bench.rs";
-            if !root.join(example).exists() {
-                bail!("there is no {example}: this benchmark comes with the raw-socket forwarder's own");
-            }
-            let run = ["run", "--release", "-p", "phalanx-forwarder-rawsock", "--example", "bench", "--"];
+            let run = ["run", "--release", "-p", "phalanx-forwarder-rawsock", "--example", "rawsock", "--"];
             execute(cargo(root, &run).args(arguments))
         }
     }

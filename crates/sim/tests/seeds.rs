@@ -84,7 +84,7 @@ fn every_planted_fault_is_caught() {
     let promising = [
         (Fault::CacheUsedForSyn, 36),
         (Fault::RecoveredOverwrites, 65),
-        (Fault::BootTakenForRefutation, 459),
+        (Fault::BootTakenForRefutation, 496),
         (Fault::NoWindow, 6),
     ];
     let mut missed = Vec::new();

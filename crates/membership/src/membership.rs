@@ -79,8 +79,8 @@ const SLOW_ANSWERS: u8 = 8;
 /// - Inputs: `handle_*`; each takes the time, which must not go backwards.
 /// - Commands: [`update_metadata`](Self::update_metadata), [`set_keys`](Self::set_keys), [`set_shared`](Self::set_shared),
 ///   [`change_address`](Self::change_address), [`set_forwarder_alive`](Self::set_forwarder_alive), [`activate`](Self::activate),
-///   [`begin_leave`](Self::begin_leave), [`leave`](Self::leave), [`report_done`](Self::report_done),
-///   [`push_pull_request`](Self::push_pull_request).
+///   [`begin_leave`](Self::begin_leave), [`leave`](Self::leave), [`report_room`](Self::report_room),
+///   [`report_done`](Self::report_done), [`push_pull_request`](Self::push_pull_request).
 /// - Outputs: after each input or command, [`poll_event`](Self::poll_event) and [`poll_transmit`](Self::poll_transmit) until `None`,
 ///   then [`poll_timeout`](Self::poll_timeout).
 #[derive(Debug)]

@@ -457,7 +457,7 @@ impl Membership {
         self.schedule(now, Task::Hello);
     }
 
-    /// Says that there is room for what the others will send this member once it asks to join: see [`Config::waits_for_room`].
+    /// Says that there is room for what the others will send this member once it asks to join: see [`crate::Config::waits_for_room`].
     pub fn report_room(&mut self, now: Instant) {
         if !std::mem::replace(&mut self.joining.has_room, true) {
             self.settle(now);

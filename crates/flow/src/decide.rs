@@ -368,7 +368,7 @@ impl Roles {
                 && !self.gives_way(entry, arrival);
         }
         // Of two members, who loses its lease has rather lost the other one (docs/design/0002-membership.md).
-        let [owner, _, third] = self.row.ranks;
+        let [owner, backup, third] = self.row.ranks;
         let former = entry.flags.has(FlowFlags::FORMER) || !self.local.leased && third.is_some();
         if self.gives_way(entry, arrival) {
             return false;
@@ -387,8 +387,9 @@ impl Roles {
         }
         let acting = self.acting_owner(tables);
         if acting.is_some() && acting != self.local.slot {
-            // Who is asked says what it has; an owner is asked by nobody, but given what is its own.
-            return arrival.hops > 0 && !owns;
+            // Who is asked says what it has. An owner is asked by nobody, but given what is its own; so is, by those who switch before it, an owner
+            // to be, which has what was sent ahead: the tuple's next use the owner of now hears of.
+            return arrival.hops > 0 && !owns && (former || backup == self.local.slot);
         }
         !self.asked(tables, true).is_some()
     }
@@ -590,12 +591,12 @@ impl Roles {
         let (bypassed, known) = if to == self.bypassed {
             // It gets back what it has asked for, or is asked itself though others suspect it.
             if knows && !self.known { (self.local.slot, true) } else { (MemberSlot::NONE, false) }
-        } else if self.bypassed.is_some() {
-            // Who gets it may hand it on no more: that we have the flow says more than whom others passed over.
-            if knows { (self.local.slot, true) } else { (self.bypassed, self.known) }
-        } else if knows && self.row.backup() == self.local.slot {
-            // Acting for an owner that is suspected, we ask somebody who may have older news than we.
+        } else if knows && (self.bypassed.is_some() || self.row.backup() == self.local.slot) {
+            // That we have the flow says more than whom others passed over, since who gets it may hand it on no more, or whom we act for, since it
+            // may have older news than we.
             (self.local.slot, true)
+        } else if self.bypassed.is_some() {
+            (self.bypassed, self.known)
         } else if to != owner && owner.is_some() && !self.usable(tables, owner) {
             (owner, knows && owner == self.local.slot)
         } else if knows {

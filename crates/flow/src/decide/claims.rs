@@ -647,6 +647,31 @@ fn a_new_owner_asks_before_it_believes_that_a_connection_has_ended() {
     }
 }
 
+/// Chaos: a joiner's program had the plan of before when a member that had switched took it for the owner, and what had been sent ahead of the
+/// change was of the connection before.
+#[test]
+fn who_is_sent_an_ended_connection_ahead_of_a_change_leaves_it_to_the_owner_until_then() {
+    let ended = recorded().map(|entry| FlowEntry { state: FlowState::Closing as u8, ..entry });
+    let joiner = World { flow: made(ended, 60_000), ..World::of(THIRD) };
+    let handed = Arrival { hops: 1, ..Arrival::WIRE };
+    let (to, arrival) = handed_on(&joiner.decide(handed, DATA));
+    assert_eq!((to, arrival.known, arrival.bypassed), (OWNER, true, Some(MemberId(2))));
+    // The owner has the tuple's next use,
+    let again = recorded().map(|entry| FlowEntry { backend: CONSISTENT, ..entry });
+    let owner = World { flow: made(again, 10), ..World::of(OWNER) };
+    assert_eq!(owner.decide(arrival, DATA).verdict, Verdict::Forward(CONSISTENT));
+    // or the same connection, or it knows nothing, and asks the joiner.
+    let same = World { flow: made(ended, 60_000), ..World::of(OWNER) };
+    assert_eq!(same.decide(arrival, DATA).verdict, Verdict::Forward(RECORDED));
+    let (to, back) = handed_on(&World::of(OWNER).decide(arrival, DATA));
+    assert_eq!((to, joiner.decide(back, DATA).verdict), (THIRD, Verdict::Forward(RECORDED)));
+    // The twins: what lives is believed, and a former holder that is asked says what it has.
+    let live = World { flow: made(recorded(), 60_000), ..World::of(THIRD) };
+    assert_eq!(live.decide(handed, DATA).verdict, Verdict::Forward(RECORDED));
+    let former = World { flow: former(FlowState::Closing), ..World::of(THIRD) };
+    assert_eq!(former.decide(handed, DATA).verdict, Verdict::Forward(RECORDED));
+}
+
 /// While others held it to be lost for a moment, its backup recorded the tuple's next use, and could not tell it.
 #[test]
 fn an_owner_asks_about_a_connection_that_ended_and_was_quiet_since() {

@@ -1,7 +1,7 @@
 //! The one place that decides what happens to a packet.
 //!
-//! `no_std`, no dependencies, no `unsafe`, no panic path: the same code runs on the host, in the simulator and, later, in the kernel.
-//! Top-down: a forwarder parses a frame ([`packet`]), hands what it found to [`decide`], carries the returned [`Decision`] out on its
+//! `no_std`, no dependencies, no `unsafe`, no panic path: the same code runs on the host, in the simulator and in the kernel.
+//! Top-down: a forwarder parses a frame ([`packet`]), hands what it found to [`mod@decide`], carries the returned [`Decision`] out on its
 //! flow table, and rewrites the frame ([`encap`]).
 //!
 //! Invariant: this crate never reads a clock, never allocates on the packet path and never looks at a configuration.

@@ -120,7 +120,7 @@ pub struct XdpForwarder {
 /// What an earlier process left, and this one goes on with.
 #[derive(Clone, Debug)]
 pub struct Adopted {
-    /// What it remembered last ([`Forwarder::remember`]); empty if nothing.
+    /// What it remembered last ([`phalanx_forwarder::Forwarder::remember`]); empty if nothing.
     pub note: Vec<u8>,
     /// The backends that its flows may name.
     pub backends: Vec<BackendId>,
@@ -147,7 +147,7 @@ fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
 impl XdpForwarder {
     /// Loads the programs, or adopts what is pinned, and attaches them.
     ///
-    /// What was adopted goes on by its old plan until the first [`Forwarder::install`]; else `plan` is in force from the start.
+    /// What was adopted goes on by its old plan until the first [`phalanx_forwarder::Forwarder::install`]; else `plan` is in force from the start.
     pub fn start(config: &Config, plan: Plan) -> Result<Self, StartError> {
         let local = plan.members.get(usize::from(plan.local.0));
         if local.is_some_and(|local| local.address != config.data_address) {
@@ -269,7 +269,7 @@ impl XdpForwarder {
         })
     }
 
-    /// What was adopted of an earlier process; its plan stays in force until the first [`Forwarder::install`].
+    /// What was adopted of an earlier process; its plan stays in force until the first [`phalanx_forwarder::Forwarder::install`].
     pub fn adopted(&self) -> Option<&Adopted> {
         self.adopted.as_ref()
     }

@@ -1,6 +1,6 @@
 //! The [`Forwarder`] trait, the [`Plan`] it carries out, its counters, and what every forwarder on the host shares.
 //!
-//! A forwarder moves bytes and counts; it never decides: [`phalanx_flow::decide`] does.
+//! A forwarder moves bytes and counts; it never decides: [`phalanx_flow::decide()`] does.
 //! The flow table lives in the forwarder and only there: the daemon reads it with [`Forwarder::visit`], changes it with
 //! [`Forwarder::upsert`] and its kin, and hears of changes by [`Forwarder::poll_events`].
 //!

@@ -19,7 +19,7 @@ const SHARDS: usize = 64;
 /// Room for fewer flows than this is made at once: some milliseconds.
 const MUCH_ROOM: usize = 1 << 16;
 
-/// Limits of a [`FlowTable`].
+/// Limits of a table of flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableLimits {
     /// Flows, half-open ones not counted.

@@ -63,7 +63,7 @@ pub enum Question {
 pub struct HeldFlow {
     /// Its backend.
     pub backend: std::net::IpAddr,
-    /// [`FlowState`] by number.
+    /// [`phalanx_flow::FlowState`] by number.
     pub state: u8,
     /// Nobody knew it once.
     pub recovered: bool,

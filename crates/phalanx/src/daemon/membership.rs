@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 const WAKE: Duration = Duration::from_millis(10);
 
 /// How long a program in the kernel goes on recording when its daemon is dead: what it records then is told to nobody, and the backup may know
-/// an earlier connection of the same tuple. Much more than [`WAKE`], or a busy machine would send its new flows to their backups.
+/// an earlier connection of the same tuple. Much more than `WAKE`, or a busy machine would send its new flows to their backups.
 pub const ALONE: Duration = Duration::from_millis(100);
 
 /// A forwarder that has shown no sign of life for this long does not carry packets: its threads wake every few tens of milliseconds.

@@ -28,7 +28,7 @@ pub struct Violation {
 /// What checkers found.
 #[derive(Debug, Default)]
 pub struct Findings {
-    /// Promises not kept, at most [`MOST`] of each checker.
+    /// Promises not kept, at most `MOST` of each checker.
     pub violations: Vec<Violation>,
     /// Flows of which every holder was lost: what becomes of them is nobody's fault.
     pub excused: Vec<usize>,

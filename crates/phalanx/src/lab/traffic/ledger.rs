@@ -114,7 +114,7 @@ pub struct Window {
 pub struct Second {
     /// The longest gap that ended in it.
     pub longest: Duration,
-    /// Gaps of at least [`STALL`] that ended in it.
+    /// Gaps of at least `STALL` that ended in it.
     pub stalls: u64,
 }
 

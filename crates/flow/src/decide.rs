@@ -388,8 +388,9 @@ impl Roles {
         let acting = self.acting_owner(tables);
         if acting.is_some() && acting != self.local.slot {
             // Who is asked says what it has. An owner is asked by nobody, but given what is its own; so is, by those who switch before it, an owner
-            // to be, which has what was sent ahead: the tuple's next use the owner of now hears of.
-            return arrival.hops > 0 && !owns && (former || backup == self.local.slot);
+            // to be, which has what was sent ahead: the tuple's next use the owner of now hears of. If that one is lost, its backup asks.
+            let asked = former || backup == self.local.slot || !self.usable(tables, acting);
+            return arrival.hops > 0 && !owns && asked;
         }
         !self.asked(tables, true).is_some()
     }

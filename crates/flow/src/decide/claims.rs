@@ -670,6 +670,12 @@ fn who_is_sent_an_ended_connection_ahead_of_a_change_leaves_it_to_the_owner_unti
     assert_eq!(live.decide(handed, DATA).verdict, Verdict::Forward(RECORDED));
     let former = World { flow: former(FlowState::Closing), ..World::of(THIRD) };
     assert_eq!(former.decide(handed, DATA).verdict, Verdict::Forward(RECORDED));
+    // So does who is asked by the backup that acts for a lost owner (simulator, seed 5236): that owner would get the packet.
+    let asks = Arrival { bypassed: Some(MemberId(u32::from(BACKUP.0))), ..handed };
+    let lost = World { suspect: Some(OWNER), ..joiner.clone() };
+    assert_eq!(lost.decide(asks, DATA).verdict, Verdict::Forward(RECORDED));
+    assert_eq!(handed_to(&joiner.decide(asks, DATA)), Some(OWNER));
+    assert_eq!(handed_to(&lost.decide(handed, DATA)), Some(BACKUP));
 }
 
 /// While others held it to be lost for a moment, its backup recorded the tuple's next use, and could not tell it.
